@@ -1,0 +1,28 @@
+# make demo: watch a small Mistral learn to think (ten minutes, two cores, no GPU)
+# make test: prove that what it does is Quiet-STaR
+
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+demo: .venv/run
+	PATH="$(CURDIR)/.venv/bin:$$PATH" sh runs/demo.sh
+
+test: .venv/test
+	$(RUN) -m pytest
+
+figures: .venv/run
+	$(RUN) figures.py --readme
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/test: requirements-test.txt .venv/run
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf .venv out data
+
+.PHONY: demo test figures clean
