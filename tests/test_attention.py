@@ -1,0 +1,131 @@
+"""Structured attention against one dense mask; values to 1e-5, gradients to 1e-4."""
+import pytest
+import torch
+
+from attention import FoldedAttention, SamplingContext, may_attend, thought_attention
+from thoughts import every_position
+from toys import dense_grade, texts, tiny_quiet
+
+
+def gradients(quiet, hidden):
+    quiet.zero_grad()
+    base_BLD, hanging_BNPMD = hidden
+    (base_BLD.sin().sum() + (hanging_BNPMD * 1.7).cos().sum()).backward()
+    return {name: p.grad.clone() for name, p in quiet.named_parameters() if p.grad is not None}
+
+
+def assert_same_pass(quiet, ids_BL, position_BP, every):
+    N, T = quiet.config.n_thoughts, quiet.config.thought_len
+    thought_BNPT = texts(ids_BL.shape[0] * N * position_BP.shape[1], T, seed=7).view(
+        len(ids_BL), N, position_BP.shape[1], T)
+    ours = quiet.grade(ids_BL, position_BP, thought_BNPT, every)
+    oracle = dense_grade(quiet, ids_BL, position_BP, thought_BNPT)
+    for a, b in zip(ours, oracle):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    ours, oracle = gradients(quiet, ours), gradients(quiet, oracle)
+    assert ours.keys() == oracle.keys()
+    for name in ours:
+        size = max(1.0, float(oracle[name].norm()))        # a window of 1 leaves q no gradient at all
+        assert (ours[name] - oracle[name]).norm() <= 1e-4 * size, name
+
+
+@pytest.mark.parametrize("every", [True, False], ids=["folded", "reference"])
+@pytest.mark.parametrize("n_thoughts", [1, 2, 3])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_structured_attention_equals_the_dense_mask(every, n_thoughts, n_kv_heads):
+    quiet = tiny_quiet(model=dict(n_kv_heads=n_kv_heads), n_thoughts=n_thoughts)
+    ids_BL = texts(2, 9)
+    assert_same_pass(quiet, ids_BL, every_position(ids_BL), every)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5, 8, 14, 15, 16])
+@pytest.mark.parametrize("n_true", [1, 3])
+def test_structured_attention_equals_the_dense_mask_in_a_window(window, n_true):
+    """L + M is 9 + 6 at n_true 2, so that windows bind, just bind, and just do not."""
+    quiet = tiny_quiet(model=dict(windows=(window, 0)), n_true=n_true)
+    ids_BL = texts(2, 9)
+    assert_same_pass(quiet, ids_BL, every_position(ids_BL), every=True)
+
+
+def test_some_positions_may_think_and_others_not():
+    position_BP = torch.tensor([[0, 3, 4], [2, 5, 7]])
+    assert_same_pass(tiny_quiet(), texts(2, 9), position_BP, every=False)
+
+
+def test_rows_of_folded_attention_equal_the_reference_when_only_the_last_tokens_are_new():
+    generator = torch.Generator().manual_seed(0)
+    B, N, P, M, H, K, E, L = 2, 3, 5, 4, 4, 2, 8, 7
+    k, v = (torch.randn(B, N, P, M, K, E, generator=generator) for _ in range(2))
+    text_k, text_v = (torch.randn(B, L, K, E, generator=generator) for _ in range(2))
+    position_BP = torch.arange(P).expand(B, P)
+    for m in (1, 2, M):
+        q = torch.randn(B, N, P, m, H, E, generator=generator)
+        torch.testing.assert_close(FoldedAttention.apply(q, k, v, text_k, text_v),
+                                   thought_attention(q, k, v, text_k, text_v, position_BP, None))
+
+
+def test_gradients_of_folded_attention_equal_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    B, N, P, M, H, K, E, L = 1, 2, 3, 2, 2, 1, 2, 4
+    shapes = [(B, N, P, M, H, E), (B, N, P, M, K, E), (B, N, P, M, K, E), (B, L, K, E), (B, L, K, E)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+              for shape in shapes]
+    assert torch.autograd.gradcheck(FoldedAttention.apply, inputs)
+
+
+def test_the_rule_by_its_words():
+    def sees(query, key, same=False, window=None):
+        return bool(may_attend(*(tuple(map(torch.tensor, x)) for x in (query, key)),
+                               torch.tensor(same), window))
+    assert sees((4, 0), (4, 0)) and sees((4, 0), (2, 0)) and not sees((4, 0), (5, 0))     # text
+    assert sees((4, 2), (4, 0)) and not sees((4, 2), (5, 0))              # a thought sees its past
+    assert sees((4, 2), (4, 1), same=True) and sees((4, 2), (4, 2), same=True)
+    assert not sees((4, 2), (4, 3), same=True)                            # not its own future
+    assert not sees((4, 2), (4, 1)) and not sees((5, 2), (4, 1))          # nor another thought
+    assert not sees((4, 0), (3, 1)) and not sees((4, 0), (4, 1))          # text never sees thoughts
+    assert sees((4, 2), (4, 0), window=3) and not sees((4, 2), (3, 0), window=3)   # 6 - 3 = 3 back
+
+
+def test_no_tensor_grows_with_the_square_of_text_and_thoughts():
+    """The largest tensor of a pass grows linearly in the number of thoughts, where a mask is quadratic."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    self.size = max(self.size, tensor.numel())
+            return out
+
+    for every in (True, False):
+        sizes = []
+        for n_thoughts in (2, 8):
+            quiet, ids_BL = tiny_quiet(n_thoughts=n_thoughts), texts(1, 32)
+            thought_BNPT = torch.zeros(1, n_thoughts, 31, 3, dtype=torch.long)
+            with Largest() as largest, torch.no_grad():
+                quiet.grade(ids_BL, every_position(ids_BL), thought_BNPT, every)
+            sizes.append(largest.size)
+        assert sizes[1] <= 4.5 * sizes[0]
+
+
+def test_a_step_of_sampling_computes_only_what_is_new():
+    quiet, ids_BL = tiny_quiet(), texts(2, 9)
+    rows = []
+    quiet.model.layers[0].register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    quiet.think(ids_BL, every_position(ids_BL), None, True)
+    assert rows == [9] + [2 * 8] * 3                   # the text once, then N * P tokens T times
+
+
+def test_positions_of_sampling_are_those_of_the_packed_pass():
+    ids_BL = texts(2, 5)
+    context = SamplingContext(5, every_position(ids_BL), 1, 4, True)
+    seen = [context.position_BS]
+    for new in (1, 2, 1):
+        seen.append(context.advance(new).position_BS)
+    assert seen[0][0].tolist() == [0, 1, 2, 3, 4]
+    assert seen[1][0].tolist() == [1, 2, 3, 4]                     # start: one past each position
+    assert seen[2][0].tolist() == [2, 3, 3, 4, 4, 5, 5, 6]
+    assert seen[3][0].tolist() == [4, 5, 6, 7]
