@@ -1,0 +1,325 @@
+"""That what is trained is Quiet-STaR: properties, on toys, against slow and obvious oracles."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model import CausalContext
+from sample import Generator
+from thoughts import choose_tokens, count_terms, every_position, mix, true_tokens
+from toys import texts, tiny_quiet, uniforms
+
+
+def plain_pass(quiet, embeddings_SD):
+    """Hidden states of one plain causal pass over one sequence of embeddings."""
+    position_BS = torch.arange(len(embeddings_SD))[None]
+    return quiet.model.transform(embeddings_SD[None], CausalContext(position_BS))[0]
+
+
+def serial(quiet, text, uniform_T=None, thought=None):
+    """One thought after one text, token by token, each by a plain pass over all so far.
+
+    Returns the thought, and the states at `end` and after each true token that may follow.
+    """
+    embed, c = quiet.model.embed, quiet.config
+    said = [*embed(text), quiet.start_thought]
+    tokens = [] if thought is None else thought.tolist()
+    for t in range(c.thought_len):
+        if thought is None:
+            state = plain_pass(quiet, torch.stack(said))[-1:]
+            uniform_R = None if uniform_T is None else uniform_T[t:t + 1]
+            tokens.append(int(choose_tokens(state, quiet.model.head.weight, uniform_R, c.marker_ids)[0]))
+        said.append(embed(torch.tensor(tokens[t])))
+    return tokens, [*said, quiet.end_thought]
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("window", [(), (5,)])
+def test_parallel_thoughts_equal_serial_thoughts(greedy, window):
+    quiet, ids_BL = tiny_quiet(model=dict(windows=window)), texts(2, 7)
+    uniform_BNPT = None if greedy else uniforms(2, 2, 6, 3)
+    thought_BNPT, _ = quiet.think(ids_BL, every_position(ids_BL), uniform_BNPT, True)
+    for b in range(2):
+        for j in range(6):
+            for n in range(2):
+                draws = None if greedy else uniform_BNPT[b, n, j]
+                tokens, _ = serial(quiet, ids_BL[b, :j + 1], draws)
+                assert thought_BNPT[b, n, j].tolist() == tokens
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_the_graded_pass_equals_a_plain_pass_over_text_thought_and_true_tokens(every):
+    quiet, ids_BL = tiny_quiet(n_true=3), texts(2, 8)
+    position_BP = every_position(ids_BL) if every else torch.tensor([[0, 4], [3, 6]])
+    thought_BNPT = texts(2 * 2 * position_BP.shape[1], 3, seed=3).view(2, 2, -1, 3)
+    base_BLD, hanging_BNPMD = quiet.grade(ids_BL, position_BP, thought_BNPT, every)
+    for b in range(2):
+        torch.testing.assert_close(base_BLD[b], plain_pass(quiet, quiet.model.embed(ids_BL[b])),
+                                   rtol=1e-5, atol=1e-5)
+        for p, j in enumerate(position_BP[b].tolist()):
+            for n in range(2):
+                _, said = serial(quiet, ids_BL[b, :j + 1], thought=thought_BNPT[b, n, p])
+                true = quiet.model.embed(ids_BL[b, j + 1:j + 3])
+                states = plain_pass(quiet, torch.stack([*said, *true]))[j + 1:]
+                torch.testing.assert_close(hanging_BNPMD[b, n, p, :len(states)], states,
+                                           rtol=1e-5, atol=1e-5)
+
+
+def test_training_evaluation_and_generation_insert_the_same_tokens_at_the_same_positions():
+    """Their states after one and the same thought agree: packed, cached, and generated."""
+    quiet, ids_BL = tiny_quiet(n_thoughts=1), texts(3, 8)
+    base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = quiet.predict(ids_BL)
+    base_BLD, hanging_BNPMD = quiet.grade(ids_BL, every_position(ids_BL, last=True), thought_BNPT, True)
+    mixed_BNPAD, weight_BNPA = quiet.mixed(base_BLD, hanging_BNPMD[..., 4:5, :],
+                                           every_position(ids_BL, last=True))
+    torch.testing.assert_close(mixed_BNPAD[..., 0, :], mixed_BNPD, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight_BNPA[..., 0], weight_BNP, rtol=1e-5, atol=1e-5)
+
+    length_B = torch.tensor([8, 5, 2])                            # right-padded prompts
+    emitted = Generator(quiet, ids_BL, length_B, max_new=2, temperature=0).step()
+    for b, j in enumerate((length_B - 1).tolist()):
+        assert emitted.thought_BT[b].tolist() == thought_BNPT[b, 0, j].tolist()
+        torch.testing.assert_close(emitted.mixing_weight_B[b], weight_BNP[b, 0, j], rtol=1e-5, atol=1e-5)
+        logp_V = quiet.model.head(mixed_BNPD[b, 0, j]).log_softmax(-1)
+        assert int(emitted.token_B[b]) == int(logp_V.argmax())
+        gain = logp_V.max() - quiet.model.head(base_BPD[b, j]).log_softmax(-1)[emitted.token_B[b]]
+        torch.testing.assert_close(emitted.gain_B[b], gain, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_with_a_cache_equals_thinking_anew_after_every_token():
+    quiet, ids_BL = tiny_quiet(n_thoughts=1), texts(2, 5)
+    stream, text = Generator(quiet, ids_BL, torch.tensor([5, 5]), max_new=6, temperature=0), ids_BL
+    for _ in range(6):
+        _, mixed_BNPD, _, thought_BNPT = quiet.predict(text)
+        emitted = stream.step()
+        assert emitted.thought_BT.tolist() == thought_BNPT[:, 0, -1].tolist()
+        assert emitted.token_B.tolist() == quiet.model.head(mixed_BNPD[:, 0, -1]).argmax(-1).tolist()
+        text = torch.cat((text, emitted.token_B[:, None]), dim=1)
+
+
+def test_mixing_weight_0_is_the_base_and_1_is_the_thought():
+    base, thought = torch.randn(3, 4), torch.randn(3, 4)
+    assert torch.equal(mix(base, thought, torch.zeros(3, 1)), base)
+    assert torch.equal(mix(base, thought, torch.ones(3, 1)), thought)
+
+
+def test_a_fresh_quiet_star_predicts_exactly_like_its_base():
+    quiet, ids_BL = tiny_quiet(), texts(2, 7)
+    quiet.init_thoughts(quiet.model.embed.weight[3].detach(), torch.Generator().manual_seed(0))
+    base_BPD, mixed_BNPD, weight_BNP, _ = quiet.predict(ids_BL)
+    assert torch.equal(mixed_BNPD[:, 0], base_BPD) and not weight_BNP.any()
+    out = quiet(ids_BL, torch.ones_like(ids_BL).bool(), uniform_BNPT=uniforms(2, 2, 6, 3))
+    assert out.reward_BNP.abs().max() < 1e-5 and out.mixing_weight_BNPA.abs().max() == 0
+
+
+def test_the_last_position_thinks_too():
+    quiet, ids_BL = tiny_quiet(n_thoughts=1), texts(2, 6)
+    _, mixed_BNPD, _, thought_BNPT = quiet.predict(ids_BL)
+    assert thought_BNPT.shape[2] == ids_BL.shape[1]
+    tokens, said = serial(quiet, ids_BL[0])
+    assert thought_BNPT[0, 0, -1].tolist() == tokens
+    state = plain_pass(quiet, torch.stack(said))[-1]
+    base = plain_pass(quiet, quiet.model.embed(ids_BL[0]))[-1]
+    weight = quiet.mixing_head(torch.cat((base, state)))
+    torch.testing.assert_close(mixed_BNPD[0, 0, -1], mix(base, state, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_thoughts_see_the_text():
+    quiet, ids_BL = tiny_quiet(), texts(1, 7)
+    changed_BL = ids_BL.clone()
+    changed_BL[0, 0] = (changed_BL[0, 0] + 1) % 23
+    thought_BNPT = torch.zeros(1, 2, 6, 3, dtype=torch.long)
+    before, after = (quiet.grade(x, every_position(x), thought_BNPT, True)[1] for x in (ids_BL, changed_BL))
+    assert (before - after).abs().amax(-1).min() > 1e-6       # every hanging token of every position
+
+
+def test_thoughts_do_not_see_each_other_nor_the_future():
+    quiet, ids_BL = tiny_quiet(), texts(1, 7)
+    thought_BNPT = texts(12, 3, seed=5).view(1, 2, 6, 3)
+    _, before = quiet.grade(ids_BL, every_position(ids_BL), thought_BNPT, True)
+    changed_BNPT = thought_BNPT.clone()
+    changed_BNPT[0, 1, 2] = (changed_BNPT[0, 1, 2] + 1) % 23
+    _, after = quiet.grade(ids_BL, every_position(ids_BL), changed_BNPT, True)
+    moved = (before - after).abs().amax(-1)[0] > 1e-6                                    # [N, P, M]
+    assert moved[1, 2, 1:].all() and moved.sum() == moved[1, 2].sum() and not moved[1, 2, 0]
+
+
+def test_look_ahead_never_sees_its_target():
+    """Perturb x[j+a+1]: the prediction of it does not move, and the next one (a+1) does."""
+    quiet, ids_BL, A, j = tiny_quiet(n_true=3), texts(1, 9), 3, 2
+    thought_BNPT = texts(16, 3, seed=5).view(1, 2, 8, 3)
+
+    def predictions(x_BL):
+        base_BLD, hanging_BNPMD = quiet.grade(x_BL, every_position(x_BL), thought_BNPT, True)
+        return quiet.mixed(base_BLD, hanging_BNPMD[..., 4:, :], every_position(x_BL))[0][0, :, j]
+    before = predictions(ids_BL)
+    for a in range(A):
+        changed_BL = ids_BL.clone()
+        changed_BL[0, j + a + 1] = (changed_BL[0, j + a + 1] + 1) % 23
+        moved = (predictions(changed_BL) - before).abs().amax((0, 2)) > 1e-6                  # [A]
+        assert moved.tolist() == [k > a for k in range(A)]
+
+
+def test_true_tokens_are_the_next_ones_and_are_scored_where_they_exist():
+    ids_BL = torch.arange(10, 16)[None]
+    valid_BL = torch.tensor([[True] * 5 + [False]])
+    target_BPA, scored_BPA = true_tokens(ids_BL, valid_BL, torch.tensor([[0, 3, 4]]), 2)
+    assert target_BPA[0, :2].tolist() == [[11, 12], [14, 15]]
+    assert scored_BPA[0].tolist() == [[True, True], [True, False], [False, False]]
+
+
+def test_markers_are_never_sampled():
+    hidden_RD, head_VD = torch.randn(500, 4), torch.randn(6, 4)
+    markers = (2, 5)
+    for uniform_R in (torch.rand(500), torch.ones(500) - 2**-24, torch.zeros(500), None):
+        token_R, surprise_R = choose_tokens(hidden_RD, head_VD, uniform_R, markers)
+        assert not torch.isin(token_R, torch.tensor(markers)).any()
+        assert torch.isfinite(surprise_R).all()
+
+
+def test_uniform_numbers_choose_tokens_with_the_models_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    hidden_D, head_VD = torch.randn(4, generator=generator), torch.randn(7, 4, generator=generator)
+    uniform_R = (torch.arange(20000) + 0.5) / 20000                # a grid: frequencies become exact
+    token_R, surprise_R = choose_tokens(hidden_D.expand(20000, 4), head_VD, uniform_R)
+    p_V = (head_VD @ hidden_D).softmax(-1)
+    frequency_V = torch.bincount(token_R, minlength=7) / 20000
+    torch.testing.assert_close(frequency_V, p_V, rtol=0, atol=1e-4)
+    torch.testing.assert_close(surprise_R, -p_V.log()[token_R], rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_thoughts_are_a_true_argmax():
+    hidden_RD, head_VD = torch.randn(50, 4), torch.randn(7, 4)
+    assert torch.equal(choose_tokens(hidden_RD, head_VD)[0], (hidden_RD @ head_VD.T).argmax(-1))
+
+
+def test_thoughts_in_training_differ_within_a_position():
+    """Greedy thoughts would be identical, and their advantage zero everywhere."""
+    quiet, ids_BL = tiny_quiet(), texts(2, 12)
+    out = quiet(ids_BL, torch.ones_like(ids_BL).bool(), uniform_BNPT=uniforms(2, 2, 11, 3))
+    assert (out.thought_BNPT[:, 0] != out.thought_BNPT[:, 1]).any(-1).float().mean() > 0.5
+    assert (out.advantage_BNP > 0).any()
+
+
+def test_advantage_is_reward_above_the_mean_of_the_same_position_alone():
+    quiet, ids_BL = tiny_quiet(n_thoughts=3), texts(2, 8)
+    valid_BL = torch.ones_like(ids_BL).bool()
+    thought_BNPT = texts(2 * 3 * 7, 3, seed=4).view(2, 3, 7, 3)
+    out = quiet(ids_BL, valid_BL, thought_BNPT=thought_BNPT)
+    for b, j in ((0, 0), (1, 4)):
+        reward_N = out.reward_BNP[b, :, j]
+        expected = [max(0.0, float(r - sum(reward_N) / 3)) for r in reward_N]
+        torch.testing.assert_close(out.advantage_BNP[b, :, j], torch.tensor(expected))
+    other_BL = torch.cat((ids_BL[:1], texts(1, 8, seed=9)))
+    again = quiet(other_BL, valid_BL, thought_BNPT=thought_BNPT)
+    torch.testing.assert_close(again.advantage_BNP[0], out.advantage_BNP[0])
+    assert not torch.allclose(again.advantage_BNP[1], out.advantage_BNP[1])
+
+
+def gradient(quiet, *args, **kwargs):
+    quiet.zero_grad()
+    quiet(*args, **kwargs).loss.backward()
+    return {name: p.grad.clone() for name, p in quiet.named_parameters()}
+
+
+def test_the_policy_gradient_equals_exact_enumeration():
+    """All pairs of one-token thoughts over a vocabulary of 4, each with its probability; the sampled
+    ones are reached through the sampler, by the uniform number in the middle of each token's stretch."""
+    V, quiet = 4, tiny_quiet(model=dict(vocab_size=4), thought_len=1, n_true=1, policy_temperature=1.0)
+    ids_BL = texts(1, 3, vocab_size=V)                       # REINFORCE looks at position 0 alone
+    valid_BL = torch.ones_like(ids_BL).bool()
+    state = plain_pass(quiet, torch.stack([*quiet.model.embed(ids_BL[0, :1]), quiet.start_thought]))[-1]
+    logp_V = quiet.model.head(state).log_softmax(-1)
+    p_V = logp_V.exp().detach()
+
+    def reward(token):
+        _, said = serial(quiet, ids_BL[0, :1], thought=torch.tensor([token]))
+        after, base = plain_pass(quiet, torch.stack(said))[-1], plain_pass(quiet, torch.stack(said[:1]))[-1]
+        mixed = mix(base, after, quiet.mixing_head(torch.cat((base, after))))
+        logits = [quiet.model.head(x).log_softmax(-1)[ids_BL[0, 1]] for x in (mixed, base)]
+        return (logits[0] - logits[1]).item()
+    reward_V = [reward(token) for token in range(V)]
+    expected_loss = 0
+    for y in range(V):
+        for z in range(V):
+            gain = abs(reward_V[y] - reward_V[z]) / 2             # of the better one over the mean
+            better = y if reward_V[y] > reward_V[z] else z
+            expected_loss += p_V[y] * p_V[z] * gain * -logp_V[better] / 2          # mean over N = 2
+    quiet.zero_grad()
+    expected_loss.backward()
+    expected = {name: p.grad.clone() for name, p in quiet.named_parameters() if p.grad is not None}
+
+    middle_V, sums = p_V.cumsum(0) - p_V / 2, {}
+    for y in range(V):
+        for z in range(V):
+            uniform_BNPT = torch.stack((middle_V[y], middle_V[z])).view(1, 2, 1, 1).expand(1, 2, 2, 1)
+            grads = []
+            for policy_weight in (1.0, 0.0):
+                quiet.config = replace(quiet.config, policy_weight=policy_weight)
+                grads.append(gradient(quiet, ids_BL, valid_BL, uniform_BNPT=uniform_BNPT))
+            for name in grads[0]:
+                part = p_V[y] * p_V[z] * (grads[0][name] - grads[1][name])
+                sums[name] = sums.get(name, 0) + part
+    for name, total in sums.items():
+        torch.testing.assert_close(total, expected.get(name, torch.zeros_like(total)), rtol=1e-3, atol=1e-6)
+
+
+def test_micro_batches_with_unequal_padding_equal_one_batch():
+    quiet, ids_BL = tiny_quiet(), texts(4, 9)
+    valid_BL = torch.arange(9) < torch.tensor([9, 3, 6, 2])[:, None]
+    uniform_BNPT = uniforms(4, 2, 8, 3)
+    whole = gradient(quiet, ids_BL, valid_BL, uniform_BNPT=uniform_BNPT)
+    terms = quiet.count_terms(valid_BL)
+    quiet.zero_grad()
+    loss = 0
+    for rows in (slice(0, 1), slice(1, 4)):
+        out = quiet(ids_BL[rows], valid_BL[rows], uniform_BNPT=uniform_BNPT[rows], terms=terms)
+        out.loss.backward()
+        loss += out.metrics()["nll/mixed"]
+    for name, p in quiet.named_parameters():
+        torch.testing.assert_close(p.grad, whole[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, quiet(ids_BL, valid_BL, uniform_BNPT=uniform_BNPT).metrics()["nll/mixed"])
+
+
+def test_padding_changes_nothing():
+    """A text alone, and the same text in a wider batch, where the policy's denominator counts padding."""
+    quiet, ids_BL = tiny_quiet(policy_weight=0.0), texts(1, 6)
+    uniform_BNPT = uniforms(1, 2, 8, 3)
+    alone = gradient(quiet, ids_BL, torch.ones_like(ids_BL).bool(), uniform_BNPT=uniform_BNPT[:, :, :5])
+    padded_BL = torch.cat((ids_BL, texts(1, 3, seed=8)), dim=1)
+    wide = gradient(quiet, padded_BL, (torch.arange(9) < 6)[None], uniform_BNPT=uniform_BNPT)
+    for name in alone:
+        torch.testing.assert_close(alone[name], wide[name], rtol=1e-4, atol=1e-6)
+
+
+def test_every_average_names_its_denominator():
+    quiet = tiny_quiet(n_true=2)
+    valid_BL = torch.arange(7) < torch.tensor([7, 4])[:, None]
+    terms = count_terms(valid_BL, every_position(valid_BL), quiet.config).tolist()
+    assert terms == [6 + 3,                       # base: next tokens that exist
+                     (6 + 3) * 2, (5 + 2) * 2,    # mixed, at a = 0 and 1, times N
+                     2 * 4 * 2 * 3]               # policy: B * (L - 1 - A) * N * T, padding counted
+
+
+def test_log_probabilities_that_the_loss_does_not_need_are_not_computed():
+    quiet, ids_BL = tiny_quiet(), texts(2, 9)
+    out = quiet(ids_BL, torch.ones_like(ids_BL).bool(), uniform_BNPT=uniforms(2, 2, 8, 3))
+    assert torch.equal(out.logp_BNPT.isnan(), (out.advantage_BNP <= 0)[..., None].expand_as(out.logp_BNPT))
+
+
+def test_filler_tokens_are_the_start_marker_and_teach_no_policy():
+    quiet, ids_BL = tiny_quiet(filler=True), texts(2, 6)
+    x_BNPMD = quiet.embed_hanging(torch.zeros(1, 1, 1, 3, dtype=torch.long))
+    assert (x_BNPMD[0, 0, 0, :4] == quiet.start_thought).all()
+    out = quiet(ids_BL, torch.ones_like(ids_BL).bool(), uniform_BNPT=uniforms(2, 2, 5, 3))
+    assert float(out.loss_policy) == 0.0
+
+
+def test_bfloat16_autocast_stays_near_float32():
+    quiet, ids_BL = tiny_quiet(), texts(2, 9)
+    valid_BL, thought_BNPT = torch.ones_like(ids_BL).bool(), texts(32, 3, seed=2).view(2, 2, 8, 3)
+    exact = quiet(ids_BL, valid_BL, thought_BNPT=thought_BNPT).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = quiet(ids_BL, valid_BL, thought_BNPT=thought_BNPT).loss
+    rounded.backward()
+    assert abs(float(rounded - exact)) < 0.02 * abs(float(exact))

@@ -1,0 +1,333 @@
+"""Quiet-STaR: a thought before every token, learnt from what it does to the text (arXiv 2403.09629).
+
+Three verbs are the algorithm, and `QuietSTaR.forward` says them in this order:
+
+  think   sample a short hidden thought off every position of the text, all positions in parallel
+  grade   one pass with gradients over text, thoughts and the true tokens that follow, packed together
+  learn   mix the prediction after the thought with the one without; thoughts that raised the
+          likelihood of the true future text more than their siblings did are made more likely
+
+The glossary, once for all files (the paper's word, the released code's):
+
+  thought_len      T: sampled tokens in a thought, markers not counted        (t, n_ahead - 3)
+  n_thoughts       N: thoughts per position; their mean reward is the baseline (-, n_passes)
+  n_true           A: true tokens a thought is scored on, the next included   (n_true, n_ahead_talk)
+  start/end_thought  the two marker embeddings, in no vocabulary              (start_embedding * 100)
+  base, mixed      prediction without a thought, and with it mixed in         (p_init, p_talk)
+  mixing_weight    0 is base only, 1 is thought only                 (1 - w of the paper, talk_head)
+  reward           nats by which the thought raised the true tokens' log-likelihood       (r, -)
+  advantage        reward minus its mean over the N thoughts, never below 0
+
+What differs from the released code, none of it in the result (tests/test_golden.py): the thoughts are
+sampled first, without gradients; N thoughts share one pass over the text; attention is computed in
+two small parts instead of under one large mask; logits are never kept.
+
+Shapes: those of model.py, and
+  N thoughts per position   P positions that think   T thought tokens   A true tokens   G = H / K
+  M = T + A + 1 tokens hanging off a position: start, thought, end, then A - 1 true tokens
+
+Read next: train.py
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from attention import PackedContext, SamplingContext
+from model import Mistral, weighted_nll
+
+
+@dataclass(frozen=True)
+class ThoughtConfig:
+    """The defaults are the paper's for Mistral-7B."""
+    thought_len: int = 12             # sampled tokens in a thought; the paper trains 8 to 24
+    n_thoughts: int = 2               # thoughts per position in training
+    n_true: int = 4                   # true tokens that a thought is scored on
+    policy_weight: float = 1e6        # of the REINFORCE term; the released code's
+    policy_temperature: float = 3.0   # of the softmax inside REINFORCE; the released code's
+    base_weight: float = 0.5          # of the base likelihood; the mixed one has the rest
+    filler: bool = False              # control: thoughts are the start marker, repeated
+    marker_ids: tuple[int, ...] = ()  # vocabulary rows a checkpoint reserves for markers; never sampled
+
+    def __post_init__(self):
+        for name, least in (("thought_len", 0), ("n_thoughts", 1), ("n_true", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is below {least}")
+
+
+# ------------------------------------------------------------------------------------ small pieces
+
+def mix(base, thought, weight):
+    """weight 0 returns base (the pretrained model); weight 1 returns thought."""
+    return (1 - weight) * base + weight * thought
+
+
+@torch.no_grad()
+def choose_tokens(hidden_RD, head_VD, uniform_R=None, excluded=(), chunk: int = 1024):
+    """One token per row and its -log p (nats), sampled at temperature 1, or the argmax.
+
+    `uniform_R` in [0, 1) decides: the token whose stretch of the cumulative distribution holds it.
+    So a thought is a function of the model and of these numbers, whatever the batch around it.
+    None takes the argmax.
+    """
+    token_R = torch.empty(len(hidden_RD), dtype=torch.long, device=hidden_RD.device)
+    surprise_R = torch.empty(len(hidden_RD), device=hidden_RD.device)
+    for start in range(0, len(hidden_RD), chunk):
+        rows = slice(start, start + chunk)
+        logits_RV = nn.functional.linear(hidden_RD[rows], head_VD.to(hidden_RD.dtype)).float()
+        logits_RV[:, list(excluded)] = -torch.inf
+        p_RV = logits_RV.softmax(dim=-1)
+        if uniform_R is None:
+            token_R[rows] = p_RV.argmax(dim=-1)
+        else:
+            below_RV = p_RV.cumsum(dim=-1)
+            total_R1 = below_RV[:, -1:]
+            mark_R1 = torch.minimum(uniform_R[rows, None] * total_R1,           # strictly below the
+                                    torch.nextafter(total_R1, total_R1 * 0))    # total: p > 0 there
+            token_R[rows] = torch.searchsorted(below_RV, mark_R1, right=True)[:, 0]
+        surprise_R[rows] = -p_RV.gather(1, token_R[rows, None])[:, 0].log()
+    return token_R, surprise_R
+
+
+def true_tokens(ids_BL, valid_BL, position_BP, n_true: int):
+    """The next A tokens of each position: ids and whether they are there to be scored, [B, P, A]."""
+    index_BPA = position_BP[:, :, None] + torch.arange(1, n_true + 1, device=ids_BL.device)
+    inside_BPA = index_BPA < ids_BL.shape[1]
+    flat = index_BPA.clamp(max=ids_BL.shape[1] - 1).flatten(1)
+    target_BPA, valid_BPA = (t.gather(1, flat).view_as(index_BPA) for t in (ids_BL, valid_BL))
+    return target_BPA, valid_BPA & inside_BPA
+
+
+def count_terms(valid_BL, position_BP, config: ThoughtConfig):
+    """How many terms each average of the loss has: [1 + A + 1] = base, mixed at each a, policy.
+
+    A step over several micro-batches or ranks adds these up first, so that its averages have one
+    denominator. REINFORCE looks at 0 .. L-2-A, one position fewer than have all their true tokens,
+    and counts padded ones in its average: both as released.
+    """
+    _, scored_BPA = true_tokens(valid_BL, valid_BL, position_BP, config.n_true)
+    policy = (position_BP <= valid_BL.shape[1] - 2 - config.n_true).sum() * config.thought_len
+    terms = (valid_BL[:, 1:].sum()[None], scored_BPA.sum((0, 1)) * config.n_thoughts,
+             policy[None] * config.n_thoughts)
+    return torch.cat(terms).double()
+
+
+@dataclass
+class Outcome:
+    """What one forward found; `loss` carries the gradient, the rest carries none."""
+    loss: torch.Tensor
+    base_nll_BL: torch.Tensor         # [B, L-1] nats, 0 where there is nothing to predict
+    mixed_nll_BNPA: torch.Tensor      # nats, 0 where there is nothing to predict
+    reward_BNP: torch.Tensor          # nats
+    advantage_BNP: torch.Tensor       # nats, 0 where REINFORCE does not look
+    mixing_weight_BNPA: torch.Tensor
+    thought_BNPT: torch.Tensor        # token ids
+    surprise_BNP: torch.Tensor        # -log p of the sampled tokens, their mean: estimates the entropy
+    logp_BNPT: torch.Tensor           # at policy_temperature; nan where it was not needed
+    loss_policy: torch.Tensor         # before policy_weight
+    scored_BPA: torch.Tensor          # which predictions exist
+    learns_BP: torch.Tensor           # which positions REINFORCE looks at
+    terms: torch.Tensor               # the denominators that were used
+
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """This batch's share of the step's averages, under their names in log.jsonl."""
+        n_rewards = (self.terms[-1] / max(1, self.thought_BNPT.shape[-1])).clamp(min=1)
+        learns, scored = self.learns_BP[:, None], self.scored_BPA[:, None]
+        return {"loss": self.loss.detach(), "loss/policy": self.loss_policy,
+                "nll/base": self.base_nll_BL.sum() / self.terms[0].clamp(min=1),
+                "nll/mixed": (self.mixed_nll_BNPA.sum((0, 1, 2)) / self.terms[1:-1].clamp(min=1)).mean(),
+                "thought/reward": (self.reward_BNP * learns).sum() / n_rewards,
+                "thought/advantage": self.advantage_BNP.sum() / n_rewards,
+                "thought/entropy": (self.surprise_BNP * learns).sum() / n_rewards,
+                "thought/mixing_weight": (self.mixing_weight_BNPA * scored).sum()
+                / self.terms[1:-1].sum().clamp(min=1)}
+
+
+class QuietSTaR(nn.Module):
+    """A language model, two markers and a mixing head."""
+    def __init__(self, model: Mistral, config: ThoughtConfig):
+        super().__init__()
+        self.model, self.config, dim = model, config, model.config.dim
+        self.start_thought, self.end_thought = (nn.Parameter(torch.empty(dim)) for _ in range(2))
+        self.mixing_head = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim),
+                                         nn.ReLU(), nn.Linear(dim, 1, bias=False))
+
+    def init_thoughts(self, embedding_D, generator: torch.Generator):
+        """Markers start as an em dash; the mixing head as torch's default, its last layer at zero,
+        so that a fresh QuietSTaR predicts exactly like its base."""
+        with torch.no_grad():
+            self.start_thought.copy_(embedding_D)
+            self.end_thought.copy_(embedding_D)
+            for layer in self.mixing_head[0], self.mixing_head[2]:
+                bound = 1 / math.sqrt(layer.in_features)
+                layer.weight.uniform_(-bound, bound, generator=generator)
+                layer.bias.uniform_(-bound, bound, generator=generator)
+            self.mixing_head[4].weight.zero_()
+        return self
+
+    def count_terms(self, valid_BL):
+        """`count_terms` when every position thinks."""
+        return count_terms(valid_BL, every_position(valid_BL), self.config)
+
+    def forward(self, ids_BL, valid_BL, position_BP=None, uniform_BNPT=None, thought_BNPT=None,
+                terms=None, all_logp: bool = False) -> Outcome:
+        """The training objective of one micro-batch.
+
+        position_BP   which positions think, rising; default: 0 .. L-2, all with something to predict
+        uniform_BNPT  in [0, 1): decides the thoughts; thought_BNPT forces them instead
+        terms         `count_terms` summed over the whole step; default: of this batch
+        all_logp      also for thoughts without advantage, which the loss does not need
+        """
+        c, surprise_BNP, every = self.config, torch.zeros(1), position_BP is None
+        position_BP = every_position(ids_BL) if every else position_BP
+        terms = count_terms(valid_BL, position_BP, c) if terms is None else terms
+        if thought_BNPT is None:
+            thought_BNPT, surprise_BNP = self.think(ids_BL, position_BP, uniform_BNPT, every)
+        base_BLD, hanging_BNPMD = self.grade(ids_BL, position_BP, thought_BNPT, every)
+        after_BNPAD = hanging_BNPMD[..., c.thought_len + 1:, :]             # from the end marker on
+        mixed_BNPAD, weight_BNPA = self.mixed(base_BLD, after_BNPAD, position_BP)
+
+        target_BPA, scored_BPA = true_tokens(ids_BL, valid_BL, position_BP, c.n_true)
+        loss, base_nll_BL, mixed_nll_BNPA = self.likelihood(
+            base_BLD, mixed_BNPAD, ids_BL, valid_BL, target_BPA, scored_BPA, terms)
+        base_nll_BPA = base_at(base_nll_BL, position_BP, c.n_true) * scored_BPA
+        reward_BNP = (base_nll_BPA[:, None] - mixed_nll_BNPA).sum(-1)       # nats gained by thinking
+        learns_BP = position_BP <= ids_BL.shape[1] - 2 - c.n_true
+        baseline_B1P = reward_BNP.mean(dim=1, keepdim=True)                 # dim 1 = thoughts
+        advantage_BNP = (reward_BNP - baseline_B1P).clamp(min=0) * learns_BP[:, None]
+        loss_policy, logp_BNPT = self.policy(hanging_BNPMD, thought_BNPT, advantage_BNP, terms, all_logp)
+        return Outcome(loss + c.policy_weight * loss_policy, base_nll_BL, mixed_nll_BNPA, reward_BNP,
+                       advantage_BNP, weight_BNPA.detach(), thought_BNPT, surprise_BNP, logp_BNPT,
+                       loss_policy.detach(), scored_BPA, learns_BP, terms)
+
+    # -------------------------------------------------------------------------------- think
+
+    @torch.no_grad()
+    def think(self, ids_BL, position_BP, uniform_BNPT, every: bool):
+        """Sample all thoughts in parallel, T single-token passes. Returns thought_BNPT, surprise_BNP."""
+        context = SamplingContext(ids_BL.shape[1], position_BP, self.config.n_thoughts,
+                                  self.config.thought_len, every)
+        self.model(ids_BL, context)
+        return self._grow(context, position_BP, uniform_BNPT)
+
+    def _grow(self, context, position_BP, uniform_BNPT):
+        """From the start marker on, one token a pass; the last one is chosen but not yet read."""
+        B, P, N, T = *position_BP.shape, context.N, self.config.thought_len
+        thought_BNPT = torch.zeros(B, N, P, T, dtype=torch.long, device=position_BP.device)
+        surprise_BNP = torch.zeros(B, N, P, device=position_BP.device)
+        x_BSD = self.start_thought.expand(B, N * P, -1)
+        for t in range(T if not self.config.filler else 0):
+            hidden_BSD = self.model.transform(x_BSD, context.advance(1))
+            uniform_R = None if uniform_BNPT is None else uniform_BNPT[..., t].flatten()
+            token_R, surprise_R = choose_tokens(hidden_BSD.flatten(0, 1), self.model.head.weight,
+                                                uniform_R, self.config.marker_ids)
+            thought_BNPT[..., t] = token_R.view(B, N, P)
+            surprise_BNP += surprise_R.view(B, N, P) / T
+            x_BSD = self.model.embed(thought_BNPT[..., t].flatten(1))
+        return thought_BNPT, surprise_BNP
+
+    # -------------------------------------------------------------------------------- grade
+
+    def embed_hanging(self, thought_BNPT, ahead_BPa=None):
+        """start, thought, end and true tokens as embeddings, [B, N, P, M, D]."""
+        start, end = (marker.expand(*thought_BNPT.shape[:3], 1, -1)
+                      for marker in (self.start_thought, self.end_thought))
+        inner = (self.start_thought.expand(*thought_BNPT.shape, -1) if self.config.filler
+                 else self.model.embed(thought_BNPT))
+        ahead = () if ahead_BPa is None else (
+            self.model.embed(ahead_BPa)[:, None].expand(-1, thought_BNPT.shape[1], -1, -1, -1),)
+        return torch.cat((start, inner, end, *ahead), dim=3)
+
+    def grade(self, ids_BL, position_BP, thought_BNPT, every: bool):
+        """One pass over everything at once. Hidden states of the text, and of all that hangs off it."""
+        ahead_BPa, _ = true_tokens(ids_BL, ids_BL >= 0, position_BP, self.config.n_true - 1)
+        hanging_BNPMD = self.embed_hanging(thought_BNPT, ahead_BPa)
+        L, shape = ids_BL.shape[1], hanging_BNPMD.shape[1:4]
+        x_BSD = torch.cat((self.model.embed(ids_BL), hanging_BNPMD.flatten(1, 3)), dim=1)
+        hidden_BSD = self.model.transform(x_BSD, PackedContext(L, position_BP, shape[0], shape[2],
+                                                               every))
+        return hidden_BSD[:, :L], hidden_BSD[:, L:].unflatten(1, shape)
+
+    # -------------------------------------------------------------------------------- learn
+
+    def mixed(self, base_BLD, after_BNPAD, position_BP):
+        """Mix each state after a thought with the base state of the same text position."""
+        base_BNPAD = base_at(base_BLD, position_BP, after_BNPAD.shape[3])[:, None].expand_as(after_BNPAD)
+        weight_BNPA1 = self.mixing_head(torch.cat((base_BNPAD, after_BNPAD), dim=-1))
+        return mix(base_BNPAD, after_BNPAD, weight_BNPA1), weight_BNPA1[..., 0]
+
+    def likelihood(self, base_BLD, mixed_BNPAD, ids_BL, valid_BL, target_BPA, scored_BPA, terms):
+        """Both likelihood terms in one visit to the head. Returns their loss and each nll, no gradient."""
+        c, scored_BL, scored_BNPA = self.config, valid_BL[:, 1:], scored_BPA[:, None].expand(
+            mixed_BNPAD.shape[:-1])
+        weight_A = (1 - c.base_weight) / (c.n_true * terms[1:-1].clamp(min=1)).float()
+        hidden_RD = torch.cat((base_BLD[:, :-1][scored_BL], mixed_BNPAD[scored_BNPA]))
+        target_R = torch.cat((ids_BL[:, 1:][scored_BL],
+                              target_BPA[:, None].expand_as(scored_BNPA)[scored_BNPA]))
+        weight_R = torch.cat(((c.base_weight / terms[0]).float().expand_as(scored_BL)[scored_BL],
+                              weight_A.expand_as(scored_BNPA)[scored_BNPA]))
+        loss, nll_R = weighted_nll(hidden_RD, self.model.head.weight, target_R, weight_R)
+        n_base = int(scored_BL.sum())
+        return loss, spread(nll_R[:n_base], scored_BL), spread(nll_R[n_base:], scored_BNPA)
+
+    def policy(self, hanging_BNPMD, thought_BNPT, advantage_BNP, terms, all_logp):
+        """REINFORCE, only where there is an advantage: the other rows never see the head."""
+        c = self.config
+        chosen_BNP = torch.ones_like(advantage_BNP, dtype=torch.bool) if all_logp else advantage_BNP > 0
+        if c.filler:
+            chosen_BNP = torch.zeros_like(chosen_BNP)
+        chosen_BNPT = chosen_BNP[..., None].expand_as(thought_BNPT)
+        before_BNPTD = hanging_BNPMD[..., :c.thought_len, :]      # the state before each thought token
+        weight_R = advantage_BNP[..., None].expand_as(chosen_BNPT)[chosen_BNPT]
+        loss, nll_R = weighted_nll(before_BNPTD[chosen_BNPT], self.model.head.weight,
+                                   thought_BNPT[chosen_BNPT], weight_R / terms[-1].clamp(min=1).float(),
+                                   c.policy_temperature, c.marker_ids)
+        return loss, spread(-nll_R, chosen_BNPT, torch.nan)       # ascend on thoughts that helped
+
+    # -------------------------------------------------------------------------------- use
+
+    @torch.no_grad()
+    def predict(self, ids_BL, position_BP=None, uniform_BNPT=None, thought_BNPT=None):
+        """What the model expects next at the given positions (default: all), after one thought each.
+
+        Greedy thoughts (a true argmax) unless `uniform_BNPT` decides or `thought_BNPT` forces them;
+        N is theirs, else 1. Returns base_BPD and mixed_BNPD (states for the head, without the look
+        ahead), mixing_weight_BNP and thought_BNPT.
+        """
+        decided = uniform_BNPT if thought_BNPT is None else thought_BNPT
+        n_thoughts = 1 if decided is None else decided.shape[1]
+        every = position_BP is None
+        position_BP = every_position(ids_BL, last=True) if every else position_BP
+        context = SamplingContext(ids_BL.shape[1], position_BP, n_thoughts,
+                                  self.config.thought_len + 2, every)
+        base_BLD = self.model(ids_BL, context)
+        if thought_BNPT is None:
+            thought_BNPT, _ = self._grow(context, position_BP, uniform_BNPT)
+        x_BNPmD = self.embed_hanging(thought_BNPT)[:, :, :, context.seen + context.new:]
+        hidden_BSD = self.model.transform(x_BNPmD.flatten(1, 3), context.advance(x_BNPmD.shape[3]))
+        after_BNPAD = hidden_BSD.unflatten(1, x_BNPmD.shape[1:4])[..., -1:, :]
+        mixed_BNPAD, weight_BNPA = self.mixed(base_BLD, after_BNPAD, position_BP)
+        base_BPD = base_at(base_BLD, position_BP, 1)[:, :, 0]
+        return base_BPD, mixed_BNPAD[..., 0, :], weight_BNPA[..., 0], thought_BNPT
+
+
+def base_at(x_BL, position_BP, n_true: int):
+    """The text's values (or vectors) at positions j .. j+A-1 of each thinker j, [B, P, A, ...].
+
+    Past the end of `x_BL` the last one is repeated; nothing is scored there.
+    """
+    index_BPA = position_BP[:, :, None] + torch.arange(n_true, device=position_BP.device)
+    row_B11 = torch.arange(len(x_BL), device=position_BP.device)[:, None, None]
+    return x_BL[row_B11, index_BPA.clamp(max=x_BL.shape[1] - 1)]
+
+
+def spread(value_R, where, fill: float = 0.0):
+    """Values back to the places they were selected from."""
+    return torch.full(where.shape, fill, device=value_R.device).masked_scatter(where, value_R)
+
+
+def every_position(ids_BL, last: bool = False):
+    """0 .. L-2 for each text, the positions with something to predict; `last` adds L-1."""
+    length = ids_BL.shape[1] - (not last)
+    return torch.arange(length, device=ids_BL.device).expand(len(ids_BL), -1)
