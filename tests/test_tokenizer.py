@@ -1,0 +1,473 @@
+"""tokenizer.py, bpe.py: no text is lost, and ids are those that the model's own library gives."""
+import base64
+import hashlib
+import io
+import json
+import os
+import random
+import unicodedata
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+import tokenizer as tokenizers
+from tokenizer import END_THOUGHT, START_THOUGHT, dash_id, find, load
+
+DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[1] / "../shared/data"))
+LINES = [f"{who} has {n} apples, buys {n * 7} more — and doesn't eat {what}: {n * 8 % 97}."
+         for n in range(60)
+         for who, what in (("Zoë", "any"), ("The naïve baker", "2 of them"), ("Mr O'Neil", "it"))]
+TEXTS = ["", "a", " ", "   ", " lead", "trail ", "  two  spaces   three ", "\ttab\t\tx", "\n",
+         "\n\n lines\r\n\r end\n", "Zoë's naïve café, façade — “quoted”…",
+         "数学の問題を解く。한국어 텍스트, العربية", "😀 👩‍👩‍👧‍👦 🇫🇷 x²", "1234567890 3.14, 1,000 x7 7x  12 3   45",
+         "don't WE'LL i'm 's 't '", "def f(x):\n    return x  # \\n",
+         "\0 \x01\x7f \u200b\u00a0\u2028 \ufeff \ufffd", "𝔘𝔫𝔦 \U00042000 \U0010ffff",
+         "a" * 300 + " " * 50 + "!" * 50]
+SPECIALS = ["<s>", "</s>", "<unk>", "[INST]", "<|endoftext|>", "<|im_start|>", "<tool>", "<0x0A>",
+            "<SPECIAL_3>", "ENDOFTEXT", "<|startofthought|>", START_THOUGHT, END_THOUGHT,
+            f"a{START_THOUGHT} b </s>{END_THOUGHT}"]
+WORDLIKE = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + WORDLIKE
+WORDS = {"words": ["ball", "a", "b", ":", "—", "."], "bos": None, "eos": "."}
+KINDS = ["v1", "v3", "tekken", "qwen2", "smollm2"]
+
+
+def trained(**options) -> bytes:
+    content = io.BytesIO()
+    settings = dict(vocab_size=360, model_type="bpe", byte_fallback=True, split_digits=True,
+                    normalization_rule_name="identity", remove_extra_whitespaces=False,
+                    character_coverage=0.98, num_threads=1, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_writer=content,
+                                             **{**settings, **options})
+    return content.getvalue()
+
+
+def tekken_file() -> dict:
+    """Every prefix of a few words is a token; 30 entries at the end are beyond the vocabulary."""
+    words = [" apples", " bakers", "ing", "\n\n", "—", "é", "ng", "    "]
+    prefixes = [word.encode()[:n] for word in words for n in range(2, len(word.encode()) + 1)]
+    pieces = [bytes([b]) for b in range(256)] + list(dict.fromkeys(prefixes))
+    extra = [f" {'z' * n}".encode() for n in range(1, 31)]
+    return {"config": {"pattern": WORDLIKE, "num_vocab_tokens": len(pieces + extra),
+                       "default_vocab_size": len(pieces) + 10, "default_num_special_tokens": 10},
+            "vocab": [{"rank": i, "token_bytes": base64.b64encode(piece).decode()}
+                      for i, piece in enumerate(pieces + extra)]}
+
+
+def train_byte_level(kind: str, alphabet=None):
+    """The library's own, as Qwen2 has it (NFC, specials behind) or SmolLM2 (specials in front)."""
+    library = pytest.importorskip("tokenizers")
+    cut, trainers = library.pre_tokenizers, library.trainers
+    own = library.Tokenizer(library.models.BPE())
+    if kind == "qwen2":
+        own.normalizer = library.normalizers.NFC()
+        first = cut.Split(library.Regex(QWEN2), "isolated")
+    else:
+        first = cut.Digits(individual_digits=True)
+    own.pre_tokenizer = cut.Sequence([
+        first, cut.ByteLevel(add_prefix_space=False, use_regex=kind == "smollm2")])
+    specials = ["<|endoftext|>", "<|im_start|>", "ENDOFTEXT"]
+    own.train_from_iterator(LINES + TEXTS, trainers.BpeTrainer(
+        vocab_size=600, show_progress=False, special_tokens=specials if kind == "smollm2" else [],
+        initial_alphabet=alphabet or cut.ByteLevel.alphabet()))
+    own.add_special_tokens(specials)
+    own.add_tokens(["<tool>"])
+    return own
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """made(kind) is the path of a tokenizer of that kind, built once."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    build = {
+        "v1": lambda: trained(),
+        "v3": lambda: trained(control_symbols=["[INST]", "[/INST]", "[control_8]"]),
+        "tekken": lambda: json.dumps(tekken_file()).encode(),
+        "qwen2": lambda: train_byte_level("qwen2").to_str().encode(),
+        "smollm2": lambda: train_byte_level("smollm2").to_str().encode(),
+        "words": lambda: json.dumps(WORDS).encode()}
+    names = {"v1": "tokenizer.model", "v3": "tokenizer.model", "tekken": "tekken.json",
+             "words": "words.json"}
+
+    def path(kind: str) -> Path:
+        file = folder / kind / names.get(kind, "tokenizer.json")
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(build[kind]())
+        return file
+    return path
+
+
+@pytest.fixture
+def tokenizer(made, request):
+    return load(made(request.param))
+
+
+every_kind = pytest.mark.parametrize("tokenizer", KINDS, indirect=True)
+
+
+@every_kind
+@pytest.mark.parametrize("text", TEXTS + SPECIALS)
+def test_decode_inverts_encode(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text, bos=True)) == text
+
+
+@every_kind
+def test_streaming_equals_decoding_and_never_shows_half_a_character(tokenizer):
+    text = "".join(TEXTS).replace("\ufffd", "")
+    stream, ids = tokenizer.stream(), tokenizer.encode(text)
+    shown = [stream.push(id) for id in ids]
+    assert "".join(shown) + stream.flush() == text
+    assert "\ufffd" not in "".join(shown)
+
+
+@every_kind
+def test_streaming_equals_decoding_for_ids_that_are_not_text(tokenizer):
+    rng = random.Random(0)
+    for _ in range(200):
+        ids = [rng.randrange(-3, tokenizer.vocab_size + 5) for _ in range(8)]
+        stream, decoded = tokenizer.stream(), tokenizer.decode(torch.tensor(ids))
+        assert "".join(map(stream.push, ids)) + stream.flush() == decoded
+
+
+@every_kind
+def test_half_a_character_at_the_end_is_flushed_as_one_replacement(tokenizer):
+    stream, ids = tokenizer.stream(), tokenizer.encode("a\U00042000")
+    shown = "".join(map(stream.push, ids[:-1]))
+    assert (shown, stream.flush()) == ("a", "\ufffd")
+
+
+@pytest.mark.parametrize("tokenizer", KINDS + ["words"], indirect=True)
+def test_text_that_follows_a_pushed_prompt_keeps_its_space(tokenizer):
+    stream, prompt = tokenizer.stream(), tokenizer.encode("ball a")
+    for id in prompt:
+        stream.push(id)
+    rest = tokenizer.encode("ball a b b")[len(prompt):]
+    assert "".join(map(stream.push, rest)) == " b b"
+
+
+@every_kind
+def test_text_never_becomes_a_special_token_or_a_marker(tokenizer):
+    silent = (b"", b"<unk>", b"<tool>")
+    special = {i for i in range(tokenizer.vocab_size) if tokenizer.pieces[i] in silent}
+    assert tokenizer.eos in special
+    ids = [i for text in TEXTS + SPECIALS + ["".join(SPECIALS)] for i in tokenizer.encode(text)]
+    assert not special & set(ids)
+    assert 0 <= min(ids) and max(ids) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("tokenizer", KINDS + ["words"], indirect=True)
+def test_ids_beyond_the_vocabulary_show_as_markers_then_as_numbers(tokenizer):
+    n = tokenizer.vocab_size
+    assert tokenizer.decode([n, n + 1]) == "<|startthought|><|endthought|>"
+    assert tokenizer.decode([n + 2, -7, 10**9]) == f"<|{n + 2}|><|-7|><|1000000000|>"
+    thought = tokenizer.decode([n, *tokenizer.encode("a"), n + 1])
+    assert thought.replace(" ", "") == START_THOUGHT + "a" + END_THOUGHT
+
+
+@every_kind
+def test_special_tokens_are_silent(tokenizer):
+    hi = tokenizer.encode("hi")
+    assert tokenizer.decode([tokenizer.eos, *hi, tokenizer.eos]) == "hi"
+
+
+@pytest.mark.parametrize("tokenizer, bos, eos", [
+    ("v1", 1, 2), ("v3", 1, 2), ("tekken", 1, 2), ("smollm2", None, 0), ("words", None, 5)],
+    indirect=["tokenizer"])
+def test_bos_is_put_in_front_once_and_only_where_there_is_one(tokenizer, bos, eos):
+    assert (tokenizer.bos, tokenizer.eos) == (bos, eos)
+    assert tokenizer.encode("a") == tokenizer.encode("a", bos=True)[bos is not None:]
+    assert tokenizer.encode("", bos=True) == ([] if bos is None else [bos])
+
+
+def test_qwen2_ends_with_endoftext_and_composes_loose_accents(made):
+    tokenizer = load(made("qwen2"))
+    (eos,) = [added["id"] for added in json.loads(made("qwen2").read_text())["added_tokens"]
+              if added["content"] == "<|endoftext|>"]
+    assert (tokenizer.bos, tokenizer.eos) == (None, eos)
+    assert tokenizer.decode(tokenizer.encode("cafe\u0301")) == "café"
+
+
+@every_kind
+def test_half_a_surrogate_pair_is_replaced(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+
+
+@pytest.mark.parametrize("kind", ["v1", "v3"])
+def test_sentencepiece_ids_and_text_equal_the_librarys(made, kind):
+    own = sentencepiece.SentencePieceProcessor(model_file=str(made(kind)))
+    tokenizer = load(made(kind))
+    assert tokenizer.vocab_size == own.vocab_size()
+    for text in TEXTS + SPECIALS + LINES:
+        ids = own.encode(text)
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode([1, *ids, 2]) == own.decode([1, *ids, 2]) == text
+
+
+def test_tekken_ids_are_ranks_behind_the_special_ones_and_the_rest_of_the_file_is_unused(made):
+    tokenizer, spec = load(made("tekken")), tekken_file()
+    assert tokenizer.vocab_size == spec["config"]["default_vocab_size"] < len(spec["vocab"])
+    assert tokenizer.encode("AB") == [10 + ord("A"), 10 + ord("B")]
+    assert tokenizer.encode(" zz") == [10 + ord(" "), 10 + ord("z"), 10 + ord("z")]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "smollm2"])
+def test_byte_level_ids_equal_the_librarys(made, kind):
+    tokenizer, rng = load(made(kind)), random.Random(0)
+    own = pytest.importorskip("tokenizers").Tokenizer.from_file(str(made(kind)))
+    characters = "".join(TEXTS) + " \n\t'7e\u0301" * 20
+    noise = ["".join(rng.choices(characters, k=60)) for _ in range(300)]
+    for text in TEXTS + LINES + noise:
+        assert tokenizer.encode(text) == own.encode(text, add_special_tokens=False).ids, repr(text)
+        expected = unicodedata.normalize("NFC", text) if kind == "qwen2" else text
+        assert tokenizer.decode(tokenizer.encode(text)) == expected
+
+
+def test_bytes_that_a_vocabulary_lacks_are_left_out_as_the_library_leaves_them_out(tmp_path):
+    own = train_byte_level("smollm2", alphabet=[*map(chr, range(33, 127)), "Ġ", "Ċ", "ĉ"])
+    own.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, text = load(tmp_path), "a \U000c2000 b"          # no 0xf3 in what it was trained on
+    assert b"\xf3" not in tokenizer.pieces
+    assert tokenizer.encode(text) == own.encode(text, add_special_tokens=False).ids
+    assert max(tokenizer.encode(text)) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("tokenizer", ["v1", "v3", "tekken", "words"], indirect=True)
+def test_markers_start_from_an_em_dash(tokenizer):
+    assert tokenizer.decode([dash_id(tokenizer)]).strip() == "—"
+
+
+def test_a_lone_space_before_the_em_dash_is_not_where_markers_start():
+    content = tokenizers.train([line.replace(" — ", "—") for line in LINES], 330)
+    tokenizer = tokenizers.SentencePieceTokenizer(content)
+    space, dash = tokenizer.encode("—")
+    assert tokenizer.pieces[space] == b" " and dash_id(tokenizer) == dash
+
+
+def test_markers_start_from_a_hyphen_where_the_em_dash_is_in_pieces(tmp_path):
+    spec = tekken_file()
+    spec["config"].update(default_vocab_size=10 + 256)          # the single bytes and no more
+    (tmp_path / "tekken.json").write_text(json.dumps(spec))
+    tokenizer = load(tmp_path)
+    assert len(tokenizer.encode("—")) == 3 and tokenizer.decode([dash_id(tokenizer)]) == "-"
+
+
+def test_words_are_split_at_white_space_and_an_unknown_one_is_named(made):
+    tokenizer = load(made("words"))
+    assert tokenizer.encode(" ball\n a  : . ") == [0, 1, 3, 5]
+    assert tokenizer.decode([0, 1, 3, 5]) == "ball a : ."
+    with pytest.raises(ValueError, match="'dog' is not one of the 6 words of .*words.json"):
+        tokenizer.encode("a dog")
+    with pytest.raises(ValueError, match="startthought"):
+        tokenizer.encode(START_THOUGHT)
+
+
+def test_find_takes_the_first_of_the_known_names(tmp_path):
+    for name in reversed(tokenizers.NAMES):
+        (tmp_path / name).touch()
+        assert find(tmp_path) == tmp_path / name
+
+
+def test_load_knows_a_file_by_its_content(made, tmp_path):
+    for kind, name in (("v3", "tokenizer.model.v7"), ("tekken", "nemo.json"), ("words", "w.json")):
+        (tmp_path / name).write_bytes(made(kind).read_bytes())
+        assert load(tmp_path / name).encode("a b") == load(made(kind)).encode("a b")
+
+
+@pytest.mark.parametrize("tokenizer", KINDS + ["words"], indirect=True)
+def test_a_copy_is_found_beside_the_weights_and_is_the_same_file(tokenizer, tmp_path):
+    tokenizer.copy_to(tmp_path)
+    (copied,) = tmp_path.iterdir()
+    assert load(str(tmp_path)).path == str(copied)
+    assert tokenizer.sha256 == hashlib.sha256(copied.read_bytes()).hexdigest()
+    load(tmp_path).copy_to(tmp_path)                            # onto itself
+    assert load(tmp_path).sha256 == tokenizer.sha256
+
+
+def test_a_copy_of_another_name_gets_the_name_that_find_looks_for(made, tmp_path):
+    (tmp_path / "game.json").write_bytes(made("words").read_bytes())
+    (tmp_path / "out").mkdir()
+    load(tmp_path / "game.json").copy_to(tmp_path / "out")
+    assert find(tmp_path / "out").name == "words.json"
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 493443\n"
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("tokenizer.model", POINTER, "not a sentencepiece model .*git-lfs pointer, download it again"),
+    ("tokenizer.model", b"", "not a sentencepiece model"),
+    ("tokenizer.model", b"<html>404</html>", "not a sentencepiece model"),
+    ("tokenizer.model", b"IQ== 0\nIg== 1\n", "Llama 3's: use its tokenizer.json"),
+    ("tekken.json", POINTER, "not JSON .*git-lfs pointer, download it again"),
+    ("tokenizer.json", b'{"model": {"type": "BPE"', "not JSON of a known kind; if it is truncated"),
+    ("tokenizer.json", b"\x80", "not JSON of a known kind"),
+    ("tokenizer.json", b"[]", "not JSON of a known kind"),
+    ("tokenizer.json", b'{"version": "1.0"}', "not JSON of a known kind"),
+    ("words.json", b'{"words": ["a", "a"], "bos": null, "eos": null}', "words repeat"),
+    ("words.json", b'{"words": ["a b"], "bos": null, "eos": null}', "hold white space"),
+    ("words.json", b'{"words": ["a"], "bos": null, "eos": "."}', "eos is not among them"),
+    ("words.json", b'{"words": ["a", 3], "bos": null, "eos": null}', "not JSON of a known kind")])
+def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+
+
+def test_a_sentencepiece_model_cut_off_anywhere_is_refused(made, tmp_path):
+    content = made("v1").read_bytes()
+    for n in range(0, len(content), 23):
+        (tmp_path / "tokenizer.model").write_bytes(content[:n])
+        with pytest.raises(ValueError, match="truncated"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("options", [
+    dict(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True),
+    dict(byte_fallback=False, vocab_size=100)])
+def test_a_sentencepiece_model_that_loses_text_is_refused(tmp_path, options):
+    (tmp_path / "tokenizer.model").write_bytes(trained(**options))
+    with pytest.raises(ValueError, match="tokenizer.model: plain text comes back changed"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda spec: spec["vocab"][5].update(rank=7), "vocab entry 5 has rank 7: download it again"),
+    (lambda spec: spec.update(vocab=spec["vocab"][:200]), "vocab needs 2.. entries, has 200: "),
+    (lambda spec: spec["config"].pop("default_vocab_size"), "not JSON of a known kind"),
+    (lambda spec: spec["vocab"][5].pop("token_bytes"), "not JSON of a known kind"),
+    (lambda spec: spec["config"].update(pattern=r"\p{L}+"), "plain text comes back changed")])
+def test_a_damaged_tekken_is_refused(tmp_path, damage, message):
+    spec = tekken_file()
+    damage(spec)
+    (tmp_path / "tekken.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=f"tekken.json.*{message}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(pre_tokenizer={"type": "Metaspace"}), r"NFC \+ Metaspace \+ BPE .*not known here"),
+    (dict(pre_tokenizer=None), r"NFC \+ nothing \+ BPE"),
+    (dict(normalizer={"type": "Lowercase"}), r"Lowercase \+ Split \+ ByteLevel \+ BPE"),
+    (dict(model={"type": "Unigram", "vocab": [["a", -1.0]]}),
+     r"ByteLevel \+ Unigram .*'pip install tokenizers' will not help"),
+    ("merges", "merges are not in the order of their ids.*tokenizer.model or tekken.json"),
+    ("letters", "not JSON of a known kind")])
+def test_a_tokenizer_json_of_another_shape_is_refused_by_name(made, tmp_path, change, message):
+    spec = json.loads(made("qwen2").read_text())
+    if change == "merges":
+        spec["model"]["merges"].reverse()
+    elif change == "letters":
+        spec["model"]["vocab"]["▁the"] = 5000
+    else:
+        spec |= change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=f"tokenizer.json.*{message}"):
+        load(tmp_path)
+
+
+def test_a_missing_tokenizer_is_one_line_that_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no.model is missing: name a tokenizer, or a "):
+        load(tmp_path / "no.model")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer \(tokenizer.model, .*\): copy one"):
+        load(tmp_path)
+
+
+def test_training_is_deterministic_lossless_and_keeps_newlines_and_digits_apart():
+    content = tokenizers.train(iter(["\n".join(LINES), "77 77 77 " * 1000]), 320)
+    assert content == tokenizers.train(iter(["\n".join(LINES), "77 77 77 " * 1000]), 320)
+    tokenizer = tokenizers.SentencePieceTokenizer(content)
+    assert tokenizer.vocab_size == 320 and (tokenizer.bos, tokenizer.eos) == (1, 2)
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in TEXTS)
+    newlines = [piece for piece in tokenizer.pieces if b"\n" in piece]
+    assert newlines == [b"\n"] and not any(b"77" in piece for piece in tokenizer.pieces)
+
+
+def test_a_document_longer_than_sentencepieces_own_limit_is_learnt_from():
+    content = tokenizers.train(["umbrella " * 2000 + " ".join(LINES)], 360)
+    tokenizer = tokenizers.SentencePieceTokenizer(content)
+    assert len(tokenizer.encode("umbrella")) == 1
+
+
+@pytest.mark.parametrize("texts, vocab_size, message", [
+    (LINES, 100_000, "cannot make 100000 tokens of this text: Vocabulary size too high.* <= "),
+    (LINES, 20, "cannot make 20 tokens of this text: Vocabulary size is smaller"),
+    ([], 300, "cannot make 300 tokens of this text: it is empty")])
+def test_training_refuses_what_cannot_be_in_one_line(texts, vocab_size, message):
+    with pytest.raises(ValueError, match=message) as error:
+        tokenizers.train(texts, vocab_size)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line_trains_on_the_named_fields(tmp_path, monkeypatch, call):
+    rows = [dict(question=line, answer="umbrella " * 9, other="zyzzyva " * 9) for line in LINES]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    status, printed, _ = call(tokenizers, "--input=a.jsonl", "--field=question,answer",
+                              "--vocab_size=360", "--out=new/tokenizer.model")
+    assert status == 0 and printed == "new/tokenizer.model: 360 tokens\n"
+    tokenizer = load("new")
+    assert len(tokenizer.encode("umbrella")) == 1 < len(tokenizer.encode("zyzzyva"))
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--input=none.jsonl"], "none.jsonl"), ([], "it is empty"),
+    (["--input=a.jsonl"], "no field 'text'"), (["--vocab=9"], "did you mean --vocab_size?")])
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, call, options, message):
+    (tmp_path / "a.jsonl").write_text('{"question": "why?"}')
+    monkeypatch.chdir(tmp_path)
+    status, _, complaint = call(tokenizers, *options)
+    assert status == 2 and complaint.count("\n") == 1
+    assert complaint.startswith("error: ") and message in complaint
+
+
+# The real files, where they are installed, against the libraries they were made for.
+
+def mistral_file(name: str) -> Path:
+    return Path(pytest.importorskip("mistral_common").__file__).parent / "data" / name
+
+
+def gsm8k(n_rows: int | None) -> list[str]:
+    path = DATA / "gsm8k_train.jsonl"
+    if not path.exists():
+        return []
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines()[:n_rows])
+    return [f"Q: {row['question']}\nA: {row['answer']}\n" for row in rows]
+
+
+def own_encoder(path: Path):
+    if path.suffix == ".json":
+        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+        own = Tekkenizer.from_file(path)
+        return lambda text: own.encode(text, bos=False, eos=False)
+    return sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
+
+
+REAL = {"tokenizer.model.v1": (32000, 1040),                # tokens, id of the em dash
+        "mistral_instruct_tokenizer_240323.model.v3": (32768, 1808),
+        "tekken_240911.json": (131072, 1674)}
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("n_rows", [200, pytest.param(None, marks=pytest.mark.slow)])
+def test_mistrals_own_tokenizers_give_mistrals_own_ids(name, n_rows):
+    path = mistral_file(name)
+    tokenizer, own_encode = load(path), own_encoder(path)
+    for text in TEXTS + SPECIALS + LINES + gsm8k(n_rows):
+        assert tokenizer.encode(text) == own_encode(text), repr(text)
+        assert tokenizer.decode(tokenizer.encode(text, bos=True)) == text
+    assert (tokenizer.vocab_size, dash_id(tokenizer)) == REAL[name]
+    assert (tokenizer.bos, tokenizer.eos) == (1, 2)
+    assert tokenizer.decode([tokenizer.vocab_size]) == START_THOUGHT
+
+
+def test_ids_that_the_released_evaluation_relies_on():
+    tokenizer = load(mistral_file("tokenizer.model.v1"))        # newline 13; " A" .. " E"; digits
+    assert tokenizer.encode("a\n")[-1] == 13
+    assert [tokenizer.encode(letter) for letter in "ABCDE"] == [[330], [365], [334], [384], [413]]
+    assert [tokenizer.encode(f"x{digit}")[-1] for digit in "0123456789"] == [
+        28734, 28740, 28750, 28770, 28781, 28782, 28784, 28787, 28783, 28774]
