@@ -154,11 +154,14 @@ def by_token(x_BNPKqE, m: int):
 
 def attend_hanging(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, position_BP, window, every):
     """`every`: the positions are 0 .. P-1. Folds where it can; a window that binds cannot."""
+    tensors = q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE
     binds = window is not None and window < k_text_BLKE.shape[1] + k_BNPMKE.shape[3]
-    fused = q_BNPmHE.dtype != torch.float32 or not q_BNPmHE.is_cuda      # no fp32 flash on CUDA
-    if every and fused and not binds:
-        return FoldedAttention.apply(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE)
-    return thought_attention(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, position_BP, window)
+    if not every or binds or (q_BNPmHE.is_cuda and q_BNPmHE.dtype == torch.float32):    # no such kernel
+        return thought_attention(*tensors, position_BP, window)
+    if q_BNPmHE.dtype == torch.bfloat16 and not q_BNPmHE.is_cuda:   # its CPU backward sums the folded
+        out = FoldedAttention.apply(*(t.float() for t in tensors))  # heads in bf16, and takes 8 times
+        return out.to(q_BNPmHE.dtype)                               # as long as in fp32
+    return FoldedAttention.apply(*tensors)
 
 
 class PackedContext:

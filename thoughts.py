@@ -85,7 +85,8 @@ def choose_tokens(hidden_RD, head_VD, uniform_R=None, excluded=(), chunk: int = 
             total_R1 = below_RV[:, -1:]
             mark_R1 = torch.minimum(uniform_R[rows, None] * total_R1,           # strictly below the
                                     torch.nextafter(total_R1, total_R1 * 0))    # total: p > 0 there
-            token_R[rows] = torch.searchsorted(below_RV, mark_R1, right=True)[:, 0]
+            found_R = torch.searchsorted(below_RV, mark_R1, right=True)[:, 0]
+            token_R[rows] = found_R.clamp(max=p_RV.shape[1] - 1)        # nan: let the loss report it
         surprise_R[rows] = -p_RV.gather(1, token_R[rows, None])[:, 0].log()
     return token_R, surprise_R
 

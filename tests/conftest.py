@@ -1,0 +1,32 @@
+import sys
+
+import pytest
+import torch
+
+import shell_game
+
+torch.set_num_threads(1)              # two threads on a busy machine can be slower than one
+
+
+@pytest.fixture(scope="session")
+def game(tmp_path_factory):
+    """A small shell game on disk: its folder holds aloud/ and silent/."""
+    folder = tmp_path_factory.mktemp("game")
+    shell_game.write(str(folder), 2000, seed=0)
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, "--option=value", ...) runs a script's main as the command line would, in this
+    process; returns exit status, standard output and standard error."""
+    def run(script, *argv):
+        import config
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+        status = 0
+        try:
+            config.run(script.main)
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+    return run
