@@ -1,0 +1,124 @@
+"""Tensors in files: whole, or refused in one line; and every file written whole or not at all.
+
+    tensors = stored_tensors(Path("model.safetensors.index.json"))     # nothing is read yet
+    weight = tensors["lm_head.weight"].read(torch.bfloat16, "cuda")
+    write_atomically("out/latest", lambda path: path.write_text("step-000100"))
+
+A stored tensor stays in its file if nothing has to change. Else it is converted in pieces, with no
+more than one in memory beside the result (of a .bin file, all pages that were read).
+
+Left out on purpose: unpickling anything but tensors, writing pickles, and repairing.
+
+Read next: tokenizer.py
+"""
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+PIECE = 64 << 20                      # bytes that are converted at a time
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is mapped from its file: its shape is known, its pages are read when used."""
+    file: Path
+    name: str
+    tensor: torch.Tensor
+
+    def read(self, dtype: torch.dtype | None, device):
+        """As `dtype` (None keeps its own) on `device`."""
+        source, dtype = self.tensor, dtype or self.tensor.dtype
+        if dtype == source.dtype and torch.device(device).type == "cpu":
+            return source.contiguous()
+        result = torch.empty(source.shape, dtype=dtype, device=device)
+        step = max(1, PIECE * len(source) // source.nbytes)
+        for start in range(0, len(result), step):
+            stop = min(start + step, len(result))
+            if self.file.suffix == ".safetensors":    # opened anew: pages go when a mapping closes
+                source = safe_open(self.file, framework="pt").get_slice(self.name)
+            result[start:stop] = source[start:stop]
+        return result
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """All tensors of a .safetensors or .bin file, or of all files that an index (.json) names.
+
+    Raises ValueError or FileNotFoundError if one of them is missing, cut short, or something else.
+    """
+    if path.suffix != ".json":
+        return {name: Stored(path, name, tensor) for name, tensor in _open(path).items()}
+    index = read_json(path).get("weight_map", {})
+    files = {name: path.parent / name for name in sorted(set(index.values()))}
+    absent = [name for name, file in files.items() if not file.exists()]
+    if absent:
+        raise FileNotFoundError(f"{path} names {len(absent)} of {len(files)} files that are missing"
+                                f": {absent[0]}")
+    shards = {name: stored_tensors(file) for name, file in files.items()}
+    for name, shard in index.items():
+        if name not in shards[shard]:
+            raise ValueError(f"{name} is in the index but not in {files[shard]}")
+    return {name: stored for shard in shards.values() for name, stored in shard.items()}
+
+
+def _open(file: Path) -> dict[str, torch.Tensor]:
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        start = opened.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file} is a git-lfs pointer ({size} bytes), not weights: "
+                         "run 'git lfs pull'")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{file} is an HTML page ({size} bytes), not weights: download it again")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        is_zip = start.startswith(b"PK")      # files from before torch 1.6 cannot be mapped
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except SafetensorError:
+        raise ValueError(f"{file} is incomplete ({size} bytes; header expects "
+                         f"{_expected_size(file)}): download it again") from None
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"{file} holds objects other than tensors ({found[1] if found else '?'}); "
+                         "refusing to run code from a checkpoint") from None
+    except (RuntimeError, OSError, EOFError):
+        raise ValueError(f"{file} is not a readable checkpoint (interrupted save?)") from None
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"{file} holds objects other than tensors: it is not a state_dict")
+    return tensors
+
+
+def _expected_size(file: Path) -> int:
+    """Bytes that a safetensors file has by its own header, or by as much of it as there is."""
+    with open(file, "rb") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        ends = re.findall(rb'"data_offsets":\[\d+,(\d+)\]', opened.read(min(start, 100 << 20)))
+    return start + max(map(int, ends), default=0)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download it again") from None
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """`write(temporary)` makes a file beside `path`, which is then put in place: all or nothing."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    try:
+        write(temporary)
+        temporary.chmod(path.parent.stat().st_mode & 0o666)   # safetensors makes private files
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,99 @@
+"""The released implementation's own numbers, through the public forward, with its thoughts forced.
+
+Each folder holds a tiny random checkpoint in the released layout, and what the released code made of
+it: losses, rewards, log-probabilities and the gradient of every parameter, in fp32. They were made by
+running that code. GOLDEN_DIR=folder runs another folder of such cases.
+"""
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import formats
+import weights
+from thoughts import ThoughtConfig, every_position
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+CASES = sorted(path.parent for path in GOLDEN.glob("*/case.json"))
+assert CASES, f"no golden cases in {GOLDEN}"
+
+
+@pytest.fixture(params=CASES, ids=lambda path: path.name)
+def case(request):
+    return request.param
+
+
+def read(case: Path):
+    told = json.loads((case / "case.json").read_text())
+    arrays = {name: torch.from_numpy(array) for name, array in np.load(case / "case.npz").items()}
+    config = ThoughtConfig(told["thought_len"], told["n_thoughts"], told["n_true"],
+                           told["policy_weight"], told["reinforce_temperature"],
+                           told["base_loss_weight"],
+                           marker_ids=(told["start_thought_id"], told["end_thought_id"]))
+    quiet = weights.load(case, thought_config=config)
+    return quiet, arrays, arrays["ids"].long(), arrays["valid"].bool()
+
+
+def forward(quiet, arrays, ids_BL, valid_BL, path: str):
+    thought_BNPT = arrays["thoughts"].long()[:, :, :-1]          # the last position has no target
+    position_BP = None if path == "folded" else every_position(ids_BL)
+    return quiet(ids_BL, valid_BL, position_BP, thought_BNPT=thought_BNPT, all_logp=True)
+
+
+def close(ours, released, tolerance: float = 1e-5):
+    assert ours.shape == released.shape
+    torch.testing.assert_close(ours, released.to(ours.dtype), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("path", ["folded", "reference"])
+def test_every_value_equals_the_released_one(case, path):
+    quiet, arrays, ids_BL, valid_BL = read(case)
+    out, A, L = forward(quiet, arrays, ids_BL, valid_BL, path), quiet.config.n_true, ids_BL.shape[1]
+    close(out.loss.detach(), arrays["loss"])
+    close(out.loss_policy, arrays["policy_loss"])
+    close(out.base_nll_BL, arrays["base_nll"])
+    for a in range(A):
+        close(out.mixed_nll_BNPA[:, :, :L - 1 - a, a], arrays[f"mixed_nll_{a}"])
+    close(out.reward_BNP[:, :, :L - 1 - A], arrays["reward"])
+    close(out.advantage_BNP[:, :, :L - 1 - A], arrays["advantage"])
+    close(out.logp_BNPT[:, :, :L - 1 - A], arrays["thought_logp_T3"])
+
+
+@pytest.mark.parametrize("path", ["folded", "reference"])
+def test_every_gradient_equals_the_released_one(case, path):
+    quiet, arrays, ids_BL, valid_BL = read(case)
+    forward(quiet, arrays, ids_BL, valid_BL, path).loss.backward()
+    ours = {formats.file_name(name, "released"): p.grad for name, p in quiet.named_parameters()}
+    released = load_file(case / "grads.safetensors")
+    assert set(ours) == set(released)
+    for name, gradient in released.items():
+        if name.endswith("_embedding"):                   # stored / 100: its gradient is 100 times
+            gradient, mine = gradient[0], 100 * ours[name]
+        else:
+            mine = ours[name]
+        assert mine.shape == gradient.shape
+        error = (mine - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+def test_evaluation_equals_the_released_one(case):
+    """Where there is text; at padding, the released code attends to other nonsense than ours."""
+    quiet, arrays, ids_BL, valid_BL = read(case)
+    quiet.config = replace(quiet.config, n_thoughts=1, n_true=1)
+    _, mixed_BNPD, _, _ = quiet.predict(ids_BL, thought_BNPT=arrays["eval_thoughts"].long()[:, None])
+    logits_BLV = quiet.model.head(mixed_BNPD[:, 0]).detach()
+    close(logits_BLV[valid_BL], arrays["eval_logits"][valid_BL])
+
+
+def test_saved_and_loaded_again_it_is_bit_identical(case, tmp_path):
+    quiet, *_ = read(case)
+    weights.save(quiet, tmp_path)
+    again = weights.load(tmp_path)
+    assert again.config.marker_ids == quiet.config.marker_ids
+    for (name, a), (_, b) in zip(quiet.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
