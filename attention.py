@@ -1,16 +1,15 @@
 """Who may attend to whom when thoughts hang off every position of a text, and how to compute it.
 
-One predicate, `may_attend`, is the rule; the code, the figure in the README and the tests' dense mask
-all come from it. The two contexts apply it: `PackedContext` to everything at once, `SamplingContext`
-a token at a time with caches. Neither ever forms a [text + thoughts]^2 mask: a hanging token sees two
-small groups of keys, the text up to its position and its own thought, and there are two ways to
-compute that one softmax,
+One predicate, `may_attend`, is the rule: of the code, the README's figure, the tests' dense mask.
+`PackedContext` applies it to everything at once, `SamplingContext` a token at a time with caches.
+A hanging token sees two small groups of keys, the text up to its position and its own thought; so
+there never is a [text + thoughts]^2 mask, but one softmax in two parts:
 
-  thought_attention   explicit scores; 12 lines, any positions, any window: the reference
-  FoldedAttention     the text part as ONE causal grouped-query attention. For a fixed position all
-                      thoughts and their tokens see the same text, so they are folded into the query
-                      heads of that position; a fused kernel does it without copying a key. The small
-                      own part is merged exactly by the log-sum-exps, forward and backward.
+  thought_attention   explicit scores, any positions, any window: the reference
+  FoldedAttention     at a position all thoughts and their tokens see the same text, so they are
+                      folded into its query heads: the text part is ONE causal grouped-query
+                      attention, in a fused kernel that copies no key. The small own part is
+                      merged exactly by the log-sum-exps, forward and backward
 
 Shapes: those of model.py and thoughts.py, and m of M hanging tokens are new in a pass.
 
@@ -22,7 +21,7 @@ import torch
 
 from model import CausalContext, may_see
 
-ops = torch.ops.aten
+flash = torch.ops.aten
 
 
 def may_attend(query, key, same_thought, window: int | None = None):
@@ -39,10 +38,7 @@ def may_attend(query, key, same_thought, window: int | None = None):
 
 
 def thought_attention(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, position_BP, window):
-    """Attention of the last m of M hanging tokens to the text and to their own thought.
-
-    One softmax over two small groups of scores: the text's L and the thought's own M.
-    """
+    """[B, N, P, m, H, E]: the last m of M hanging tokens attend, one softmax over L + M scores."""
     m, M = q_BNPmHE.shape[3], k_BNPMKE.shape[3]
     step_M = torch.arange(1, M + 1, device=q_BNPmHE.device)
     step_m1, position_BP11 = step_M[M - m:, None], position_BP[:, :, None, None]
@@ -55,24 +51,20 @@ def thought_attention(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, po
     own = torch.einsum("bnpmkge,bnpjke->bkgnpmj", q_BNPmKGE, k_BNPMKE)
     text = text.masked_fill(~see_text_BPmL[:, None, None, None], -torch.inf)
     own = own.masked_fill(~see_own_BPmM[:, None, None, None], -torch.inf)
-    weight = at_least_fp32(torch.cat((text, own), dim=-1)).softmax(dim=-1).to(q_BNPmHE.dtype)
+    exact = torch.promote_types(q_BNPmHE.dtype, torch.float32)
+    weight = torch.cat((text, own), dim=-1).softmax(dim=-1, dtype=exact).to(q_BNPmHE.dtype)
     text, own = weight.split((text.shape[-1], M), dim=-1)
     out_BNPmKGE = (torch.einsum("bkgnpml,blke->bnpmkge", text, v_text_BLKE)
                    + torch.einsum("bkgnpmj,bnpjke->bnpmkge", own, v_BNPMKE))
     return out_BNPmKGE.flatten(-3, -2)
 
 
-def at_least_fp32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def causal_flash(q_BhPE, k_BKPE, v_BKPE):
-    """Fused causal attention: the output, its log-sum-exp [B, h, P], and what the backward needs."""
+    """Output, log-sum-exp [B, h, P], and what else the backward needs."""
     if q_BhPE.is_cuda:
-        out, lse, *rest = ops._scaled_dot_product_flash_attention(q_BhPE, k_BKPE, v_BKPE, 0.0, True)
+        out, lse, *rest = flash._scaled_dot_product_flash_attention(q_BhPE, k_BKPE, v_BKPE, 0, True)
         return out, lse, rest[:6]
-    out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q_BhPE, k_BKPE, v_BKPE, 0.0, True)
-    return out, lse, []
+    return *flash._scaled_dot_product_flash_attention_for_cpu(q_BhPE, k_BKPE, v_BKPE, 0.0, True), []
 
 
 def causal_flash_backward(d_out, q, k, v, out, lse, rest):
@@ -80,88 +72,77 @@ def causal_flash_backward(d_out, q, k, v, out, lse, rest):
     the *merged* out and lse it returns the text part's exact share of the merged gradient."""
     if q.is_cuda:
         cum_q, cum_k, max_q, max_k, seed, offset = rest
-        return ops._scaled_dot_product_flash_attention_backward(
+        return flash._scaled_dot_product_flash_attention_backward(
             d_out, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset)
-    return ops._scaled_dot_product_flash_attention_for_cpu_backward(d_out, q, k, v, out, lse, 0.0, True)
+    return flash._scaled_dot_product_flash_attention_for_cpu_backward(
+        d_out, q, k, v, out, lse, 0.0, True)
 
 
 class FoldedAttention(torch.autograd.Function):
-    """`thought_attention` where the positions are 0 .. P-1 and no window binds.
-
-    Text part: query heads h = (K, G, N, m), so that the kernel's grouped-query axis holds all hanging
-    tokens of a position. Own part: (G, m) queries against M keys, for each (B, N, P, K).
-    """
+    """`thought_attention` where the positions are 0 .. P-1 and no window binds."""
     @staticmethod
     def forward(ctx, q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE):
-        B, N, P, m, H, E = q_BNPmHE.shape
-        K, M = k_BNPMKE.shape[4], k_BNPMKE.shape[3]
-        q_BNPKqE = q_BNPmHE.view(B, N, P, m, K, H // K, E).permute(0, 1, 2, 4, 5, 3, 6).flatten(4, 5)
-        q_BhPE = fold(q_BNPKqE)
-        k_BNPKME, v_BNPKME = k_BNPMKE.transpose(3, 4), v_BNPMKE.transpose(3, 4)
-        k_BKPE, v_BKPE = (t[:, :P].transpose(1, 2) for t in (k_text_BLKE, v_text_BLKE))
-
-        text_BhPE, text_lse, rest = causal_flash(q_BhPE, k_BKPE, v_BKPE)
-        score_BNPKqM = q_BNPKqE @ k_BNPKME.transpose(-1, -2) / math.sqrt(E)
-        later_mM = torch.ones(m, M, dtype=torch.bool, device=q_BNPmHE.device).triu(M - m + 1)
-        score_BNPKqM = at_least_fp32(score_BNPKqM).masked_fill_(later_mM.repeat(H // K, 1), -torch.inf)
-        text_lse_BNPKq = unfold(text_lse[..., None], q_BNPKqE.shape).squeeze(-1)
-        lse_BNPKq = torch.logaddexp(text_lse_BNPKq, score_BNPKqM.logsumexp(-1))
-        own_BNPKqM = (score_BNPKqM - lse_BNPKq[..., None]).exp_().to(q_BNPmHE.dtype)
-        share_BNPKq1 = (text_lse_BNPKq - lse_BNPKq).exp_()[..., None].to(q_BNPmHE.dtype)
-        out_BNPKqE = unfold(text_BhPE, q_BNPKqE.shape) * share_BNPKq1 + own_BNPKqM @ v_BNPKME
-
-        ctx.save_for_backward(q_BNPKqE, k_BNPKME, v_BNPKME, k_text_BLKE, v_text_BLKE, out_BNPKqE,
-                              lse_BNPKq, own_BNPKqM)
-        ctx.rest, ctx.m = rest, m
-        return by_token(out_BNPKqE, m)
+        m, M, K = q_BNPmHE.shape[3], *k_BNPMKE.shape[3:5]
+        q_BNPmKGE = q_BNPmHE.unflatten(4, (K, -1))
+        text_BhPE, text_lse, rest = causal_flash(
+            fold(q_BNPmKGE), *early(q_BNPmKGE, k_text_BLKE, v_text_BLKE))
+        text_lse_BNPmKG1 = unfold(text_lse[..., None], q_BNPmKGE.shape)
+        score = torch.einsum("bnpmkge,bnpjke->bnpmkgj", q_BNPmKGE, k_BNPMKE)
+        later_mM = torch.ones(m, M, dtype=torch.bool, device=score.device).triu(M - m + 1)
+        score = (score / math.sqrt(q_BNPmHE.shape[-1])).to(text_lse.dtype)
+        score = score.masked_fill_(later_mM[:, None, None], -torch.inf)
+        lse_BNPmKG1 = torch.logaddexp(text_lse_BNPmKG1, score.logsumexp(-1, keepdim=True))
+        own_BNPmKGM = (score - lse_BNPmKG1).exp_().to(q_BNPmHE.dtype)
+        share_BNPmKG1 = (text_lse_BNPmKG1 - lse_BNPmKG1).exp_().to(q_BNPmHE.dtype)
+        out_BNPmKGE = (unfold(text_BhPE, q_BNPmKGE.shape) * share_BNPmKG1
+                       + torch.einsum("bnpmkgj,bnpjke->bnpmkge", own_BNPmKGM, v_BNPMKE))
+        ctx.save_for_backward(q_BNPmKGE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, out_BNPmKGE,
+                              lse_BNPmKG1, own_BNPmKGM)
+        ctx.rest = rest
+        return out_BNPmKGE.flatten(4, 5)
 
     @staticmethod
     def backward(ctx, d_out_BNPmHE):
         q, k, v, k_text_BLKE, v_text_BLKE, out, lse, own = ctx.saved_tensors
-        P = q.shape[2]
-        B, N, P, K, _, E = q.shape
-        d_out = d_out_BNPmHE.unflatten(4, (K, -1)).permute(0, 1, 2, 4, 5, 3, 6).flatten(4, 5)
-        k_BKPE, v_BKPE = (t[:, :P].transpose(1, 2) for t in (k_text_BLKE, v_text_BLKE))
+        d_out = d_out_BNPmHE.unflatten(4, q.shape[4:6])
         d_q_BhPE, d_k_text, d_v_text = causal_flash_backward(
-            fold(d_out), fold(q), k_BKPE, v_BKPE, fold(out), fold(lse[..., None]).squeeze(-1), ctx.rest)
+            fold(d_out), fold(q), *early(q, k_text_BLKE, v_text_BLKE), fold(out),
+            fold(lse).squeeze(-1), ctx.rest)
+        d_own = torch.einsum("bnpmkge,bnpjke->bnpmkgj", d_out, v)
+        d_score = own * (d_own - (d_out * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
+        d_q = unfold(d_q_BhPE, q.shape) + torch.einsum("bnpmkgj,bnpjke->bnpmkge", d_score, k)
+        d_k, d_v = (torch.einsum("bnpmkgj,bnpmkge->bnpjke", *pair)
+                    for pair in ((d_score, q), (own, d_out)))
+        beyond = k_text_BLKE.shape[1] - q.shape[2]
+        d_k_text, d_v_text = (torch.nn.functional.pad(t.transpose(1, 2), (0, 0, 0, 0, 0, beyond))
+                              for t in (d_k_text, d_v_text))
+        return d_q.flatten(4, 5), d_k, d_v, d_k_text, d_v_text
 
-        d_own = d_out @ v.transpose(-1, -2)
-        delta = (d_out * out).sum(-1, keepdim=True)
-        d_score = own * (d_own - delta) / math.sqrt(E)
-        d_q = unfold(d_q_BhPE, q.shape) + d_score @ k
-        d_k, d_v = d_score.transpose(-1, -2) @ q, own.transpose(-1, -2) @ d_out
-        d_k_text, d_v_text = (
-            torch.nn.functional.pad(t.transpose(1, 2), (0, 0, 0, 0, 0, k_text_BLKE.shape[1] - P))
-            for t in (d_k_text, d_v_text))
-        return by_token(d_q, ctx.m), d_k.transpose(3, 4), d_v.transpose(3, 4), d_k_text, d_v_text
 
-
-def fold(x_BNPKqE):
-    """[B, N, P, K, q, E] to [B, K*q*N, P, E]: a position's hanging tokens become its query heads."""
-    return x_BNPKqE.permute(0, 3, 4, 1, 2, 5).flatten(1, 3)
+def fold(x_BNPmKGE):
+    """[B, h, P, E], h = (K, G, N, m): a position's hanging tokens become its query heads."""
+    return x_BNPmKGE.permute(0, 4, 5, 1, 3, 2, 6).flatten(1, 4)
 
 
 def unfold(x_BhPE, shape):
-    """The inverse of `fold`, to a [B, N, P, K, q, ...] shape."""
-    B, N, P, K, q, _ = shape
-    return x_BhPE.reshape(B, K, q, N, P, -1).permute(0, 3, 4, 1, 2, 5)
+    """The inverse of `fold`."""
+    B, N, P, m, K, G, _ = shape
+    return x_BhPE.reshape(B, K, G, N, m, P, -1).permute(0, 3, 5, 4, 1, 2, 6)
 
 
-def by_token(x_BNPKqE, m: int):
-    """[B, N, P, K, (G, m), E] back to [B, N, P, m, H, E]."""
-    return x_BNPKqE.unflatten(4, (-1, m)).permute(0, 1, 2, 5, 3, 4, 6).flatten(4, 5)
+def early(q_BNPmKGE, *text_BLKE):
+    """The text's keys and values at positions 0 .. P-1, heads first; no query sees the others."""
+    return [t[:, :q_BNPmKGE.shape[2]].transpose(1, 2) for t in text_BLKE]
 
 
-def attend_hanging(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, position_BP, window, every):
-    """`every`: the positions are 0 .. P-1. Folds where it can; a window that binds cannot."""
-    tensors = q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE
-    binds = window is not None and window < k_text_BLKE.shape[1] + k_BNPMKE.shape[3]
-    if not every or binds or (q_BNPmHE.is_cuda and q_BNPmHE.dtype == torch.float32):    # no such kernel
-        return thought_attention(*tensors, position_BP, window)
-    if q_BNPmHE.dtype == torch.bfloat16 and not q_BNPmHE.is_cuda:   # its CPU backward sums the folded
-        out = FoldedAttention.apply(*(t.float() for t in tensors))  # heads in bf16, and takes 8 times
-        return out.to(q_BNPmHE.dtype)                               # as long as in fp32
-    return FoldedAttention.apply(*tensors)
+def attend_hanging(q, k, v, k_text, v_text, position_BP, window, every: bool):
+    """Folds where it can: `every` says that the positions are 0 .. P-1, and no window may bind."""
+    binds = window is not None and window < k_text.shape[1] + k.shape[3]
+    if not every or binds or (q.is_cuda and q.dtype == torch.float32):        # no such kernel there
+        return thought_attention(q, k, v, k_text, v_text, position_BP, window)
+    exact = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
+    tensors = (t.to(exact) for t in (q, k, v, k_text, v_text))    # in bf16 the CPU's backward is 8
+    return FoldedAttention.apply(*tensors).to(q.dtype)            # times slower, and less accurate
 
 
 class PackedContext:
@@ -176,11 +157,10 @@ class PackedContext:
         self.position_BS = torch.cat((text_BL, hanging_BNPM.flatten(1)), dim=1)
 
     def attend(self, q_BSHE, k_BSKE, v_BSKE, layer: int, window: int | None):
-        (q_text, q), (k_text, k), (v_text, v) = (
-            (t[:, :self.text_len], t[:, self.text_len:].unflatten(1, self.shape))
-            for t in (q_BSHE, k_BSKE, v_BSKE))
-        text_BLHE = self.text.attend(q_text, k_text, v_text, layer, window)
-        out_BNPMHE = attend_hanging(q, k, v, k_text, v_text, self.think_position_BP, window, self.every)
+        text = [t[:, :self.text_len] for t in (q_BSHE, k_BSKE, v_BSKE)]
+        hanging = [t[:, self.text_len:].unflatten(1, self.shape) for t in (q_BSHE, k_BSKE, v_BSKE)]
+        text_BLHE = self.text.attend(*text, layer, window)
+        out_BNPMHE = attend_hanging(*hanging, *text[1:], self.think_position_BP, window, self.every)
         return torch.cat((text_BLHE, out_BNPMHE.flatten(1, 3)), dim=1)
 
 
@@ -192,14 +172,15 @@ class SamplingContext:
     def __init__(self, text_len: int, position_BP, n_thoughts: int, n_hanging: int, every: bool):
         self.think_position_BP, self.every = position_BP, every
         self.N, self.M = n_thoughts, n_hanging
-        self.position_BS = torch.arange(text_len, device=position_BP.device).expand(len(position_BP), -1)
+        text_L = torch.arange(text_len, device=position_BP.device)
+        self.position_BS = text_L.expand(len(position_BP), -1)
         self.seen, self.new, self.text, self.own = 0, 0, {}, {}
 
     def advance(self, new: int):
         self.seen, self.new = self.seen + self.new, new
-        step_m = torch.arange(self.seen + 1, self.seen + new + 1, device=self.think_position_BP.device)
-        position_BNPm = (self.think_position_BP[:, None, :, None] + step_m).expand(-1, self.N, -1, -1)
-        self.position_BS = position_BNPm.flatten(1)
+        position_BP = self.think_position_BP
+        step_m = torch.arange(self.seen + 1, self.seen + new + 1, device=position_BP.device)
+        self.position_BS = (position_BP[..., None] + step_m).flatten(1).repeat(1, self.N)
         return self
 
     def attend(self, q_BSHE, k_BSKE, v_BSKE, layer: int, window: int | None):
@@ -215,5 +196,5 @@ class SamplingContext:
         for store, fresh in zip(self.own[layer], (k, v)):
             store[:, :, :, self.seen:until] = fresh
         k, v = (store[:, :, :, :until] for store in self.own[layer])
-        out_BNPmHE = attend_hanging(q, k, v, *self.text[layer], self.think_position_BP, window, self.every)
-        return out_BNPmHE.flatten(1, 3)
+        return attend_hanging(q, k, v, *self.text[layer], self.think_position_BP, window,
+                              self.every).flatten(1, 3)

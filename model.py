@@ -278,13 +278,10 @@ class NextToken(nn.Module):
         super().__init__()
         self.model = model
 
-    def count_terms(self, valid_BL):
-        """How many predictions the average runs over, [1]; a step sums these over its batches."""
-        return valid_BL[:, 1:].sum()[None].double()
-
-    def forward(self, ids_BL, valid_BL, uniform_BNPT=None, terms=None):
-        """The mean nll (nats per token) of one micro-batch, by the step's denominator `terms`."""
-        terms = self.count_terms(valid_BL) if terms is None else terms
+    def forward(self, ids_BL, valid_BL, terms=None):
+        """The mean nll (nats per token) of one micro-batch; terms[0], default the number of its
+        predictions, is the whole step's denominator."""
+        terms = valid_BL[:, 1:].sum()[None] if terms is None else terms
         position_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
         hidden_BLD = self.model(ids_BL, CausalContext(position_BL))
         scored_BL = valid_BL[:, 1:]

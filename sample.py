@@ -28,17 +28,17 @@ from thoughts import QuietSTaR, choose_tokens, mix
 class Emitted:
     """One visible token of each of the B texts, and what was thought before it."""
     token_B: torch.Tensor
-    thought_BT: torch.Tensor
+    thought_BT: torch.Tensor              # ids
     mixing_weight_B: torch.Tensor         # 0 base only, 1 thought only
     gain_B: torch.Tensor                  # nats: log p(token) with the thought, minus without
 
 
 class Generator:
-    """B texts that grow by one token a call. `model` is a QuietSTaR, or a Mistral that cannot think.
+    """B texts that grow by a token a call. `model` is a QuietSTaR, or a Mistral that cannot think.
 
     ids_BL is right-padded, length_B says how much of each row is text (at least one token); up to
-    `max_new` tokens can follow. Thoughts are greedy unless `thought_temperature` sampling is seeded
-    by `generator`; visible tokens are sampled at `temperature` from the `top_k` best, 0 being greedy.
+    `max_new` tokens can follow. Thoughts are greedy; visible tokens are drawn by `generator` at
+    `temperature` from the `top_k` best. Temperature 0 takes the best, top_k 0 considers all.
     """
     def __init__(self, model, ids_BL, length_B, max_new: int, temperature: float = 1.0,
                  top_k: int = 0, generator: torch.Generator | None = None, think: bool = True):
@@ -48,16 +48,15 @@ class Generator:
         self.n_thought = self.quiet.config.thought_len + 2 if self.quiet else 0
         slots = ids_BL.shape[1] + max_new + self.n_thought
         if slots > self.mistral.config.max_seq_len:
-            raise ValueError(f"prompt is {ids_BL.shape[1]} tokens and {max_new} more are asked for; the "
-                             f"context is {self.mistral.config.max_seq_len} with {self.n_thought} kept "
-                             f"for thoughts: shorten the prompt or lower --max_new")
+            context = f"{self.mistral.config.max_seq_len} with {self.n_thought} kept for thoughts"
+            raise ValueError(f"prompt is {ids_BL.shape[1]} tokens and {max_new} more are asked for; "
+                             f"context is {context}: shorten the prompt or lower --max_new")
         weight = self.mistral.embed.weight
         self.cache = KVCache(self.mistral.config, len(ids_BL), slots, weight.device, weight.dtype)
         self.position_B1 = length_B[:, None] - 1
         every_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
-        self.longest = ids_BL.shape[1]
-        self.last_B1 = ids_BL.gather(1, self.position_B1)
-        self._read(self.mistral.embed(ids_BL), every_BL)          # fill the cache; the last is read again
+        self.longest, self.last_B1 = ids_BL.shape[1], ids_BL.gather(1, self.position_B1)
+        self._read(self.mistral.embed(ids_BL), every_BL)    # fill the cache; the last is read again
 
     def _read(self, x_BSD, position_BS):
         """One pass over new tokens at their positions; hidden states."""
@@ -66,15 +65,14 @@ class Generator:
 
     @torch.no_grad()
     def step(self) -> Emitted:
-        embed, head_VD, B = self.mistral.embed, self.mistral.head.weight, len(self.last_B1)
+        head_VD, B = self.mistral.head.weight, len(self.last_B1)
         base_BD, after_BD, thought_BT = self._think() if self.quiet else self._predict()
-        weight_B1 = torch.zeros(B, 1, device=base_BD.device)
-        mixed_BD = base_BD
+        weight_B1, mixed_BD = torch.zeros(B, 1, device=base_BD.device), base_BD
         if self.quiet:
             weight_B1 = self.quiet.mixing_head(torch.cat((base_BD, after_BD), dim=-1))
             mixed_BD = mix(base_BD, after_BD, weight_B1)
         logits_BV = torch.nn.functional.linear(mixed_BD, head_VD).float()
-        token_B = self._choose(logits_BV)
+        token_B = self._choose(logits_BV.clone())
         base_logp_BV = torch.nn.functional.linear(base_BD, head_VD).float().log_softmax(-1)
         gain_B = (logits_BV.log_softmax(-1) - base_logp_BV).gather(1, token_B[:, None])[:, 0]
         self.last_B1, self.position_B1 = token_B[:, None], self.position_B1 + 1
@@ -82,11 +80,11 @@ class Generator:
         return Emitted(token_B, thought_BT, weight_B1[:, 0], gain_B)
 
     def _predict(self):
-        base_BSD = self._read(self.mistral.embed(self.last_B1), self.position_B1)
-        return base_BSD[:, 0], base_BSD[:, 0], torch.zeros(len(self.last_B1), 0, dtype=torch.long)
+        base_BD = self._read(self.mistral.embed(self.last_B1), self.position_B1)[:, 0]
+        return base_BD, base_BD, base_BD[:, :0].long()
 
     def _think(self):
-        """Base state, state after the thought, and the thought, at the last position of each text."""
+        """Base state, state after a thought, and the thought, at the last position of each text."""
         quiet, T = self.quiet, self.quiet.config.thought_len
         start_B1D, end_B1D = (marker.expand(len(self.last_B1), 1, -1)
                               for marker in (quiet.start_thought, quiet.end_thought))
@@ -106,11 +104,11 @@ class Generator:
             hidden_BSD = self._read(x_BSD, position_BS)
         if T == 0:
             hidden_BSD = self._read(end_B1D, position_BS[:, -1:] + 1)
-        return base_BD, hidden_BSD[:, -1], torch.stack(thought, 1) if thought else base_BD[:, :0].long()
+        thought_BT = torch.stack(thought, 1) if thought else base_BD[:, :0].long()
+        return base_BD, hidden_BSD[:, -1], thought_BT
 
     def _choose(self, logits_BV):
         """A visible token; markers have no row, or one that is never emitted."""
-        logits_BV = logits_BV.clone()
         if self.quiet:
             logits_BV[:, list(self.quiet.config.marker_ids)] = -torch.inf
         if self.temperature == 0:
@@ -146,32 +144,33 @@ def main():
     objective = weights.load_objective(cfg.checkpoint, cfg.device)
     model = objective if isinstance(objective, QuietSTaR) else objective.model
     if cfg.show_thoughts and model is not objective:
-        raise ValueError(f"{cfg.checkpoint} has no thoughts to show: train it with --objective=quiet")
+        raise ValueError(f"{cfg.checkpoint} has no thoughts to show: train it to think (train.py)")
     tokenizer = tokenizers.load(weights.find_checkpoint(cfg.checkpoint))
     prompt = cfg.prompt or sys.stdin.read().rstrip("\n")
     ids = tokenizer.encode(prompt, bos=tokenizer.bos is not None)
     if not ids:
         raise ValueError("the prompt is empty: give --prompt=TEXT or text on standard input")
     device = objective.model.embed.weight.device
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    texts = Generator(model, torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device),
-                      cfg.max_new, cfg.temperature, cfg.top_k, generator, not cfg.no_thoughts)
+    ids_BL, length_B = (torch.tensor(x, device=device) for x in ([ids], [len(ids)]))
+    texts = Generator(model, ids_BL, length_B, cfg.max_new, cfg.temperature, cfg.top_k,
+                      torch.Generator(device).manual_seed(cfg.seed), not cfg.no_thoughts)
     print(prompt, end="\n" if cfg.show_thoughts else "", flush=True)
     if cfg.show_thoughts:
         print("a thought is what raised the likelihood of the text, not a record of why\n"
               f"{'token':>12s}  {'weight':>6s}  {'gain':>6s}  thought")
     stream = tokenizer.stream()
-    for id in ids:
-        stream.push(id)
+    for token in ids:
+        stream.push(token)
     for _ in range(cfg.max_new):
         emitted = texts.step()
         token = int(emitted.token_B[0])
         if token == tokenizer.eos:
             break
         if cfg.show_thoughts:
-            shown = tokenizer.decode([token]).replace("\n", "\\n")
-            thought = tokenizer.decode(emitted.thought_BT[0].tolist()).replace("\n", "\\n")
-            print(f"{shown:>12s}  {emitted.mixing_weight_B[0]:6.2f}  {emitted.gain_B[0]:+6.2f}  {thought}")
+            shown, thought = (tokenizer.decode(ids).replace("\n", "\\n")
+                              for ids in ([token], emitted.thought_BT[0].tolist()))
+            numbers = f"{emitted.mixing_weight_B[0]:6.2f}  {emitted.gain_B[0]:+6.2f}"
+            print(f"{shown:>12s}  {numbers}  {thought}")
         else:
             print(stream.push(token), end="", flush=True)
     print(stream.flush())

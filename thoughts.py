@@ -1,9 +1,11 @@
-"""Quiet-STaR: a thought before every token, learnt from what it does to the text (arXiv 2403.09629).
+"""Quiet-STaR: a thought before every token, learnt from what it does to the text.
+
+From arXiv 2403.09629.
 
 Three verbs are the algorithm, and `QuietSTaR.forward` says them in this order:
 
   think   sample a short hidden thought off every position of the text, all positions in parallel
-  grade   one pass with gradients over text, thoughts and the true tokens that follow, packed together
+  grade   one pass with gradients over text, thoughts and the true tokens that follow, packed
   learn   mix the prediction after the thought with the one without; thoughts that raised the
           likelihood of the true future text more than their siblings did are made more likely
 
@@ -12,13 +14,13 @@ The glossary, once for all files (the paper's word, the released code's):
   thought_len      T: sampled tokens in a thought, markers not counted        (t, n_ahead - 3)
   n_thoughts       N: thoughts per position; their mean reward is the baseline (-, n_passes)
   n_true           A: true tokens a thought is scored on, the next included   (n_true, n_ahead_talk)
-  start/end_thought  the two marker embeddings, in no vocabulary              (start_embedding * 100)
+  start/end_thought  the two marker embeddings, in no vocabulary             (start_embedding * 100)
   base, mixed      prediction without a thought, and with it mixed in         (p_init, p_talk)
   mixing_weight    0 is base only, 1 is thought only                 (1 - w of the paper, talk_head)
   reward           nats by which the thought raised the true tokens' log-likelihood       (r, -)
   advantage        reward minus its mean over the N thoughts, never below 0
 
-What differs from the released code, none of it in the result (tests/test_golden.py): the thoughts are
+What differs from the released code, none of it in the result (tests/test_golden.py): thoughts are
 sampled first, without gradients; N thoughts share one pass over the text; attention is computed in
 two small parts instead of under one large mask; logits are never kept.
 
@@ -48,7 +50,7 @@ class ThoughtConfig:
     policy_temperature: float = 3.0   # of the softmax inside REINFORCE; the released code's
     base_weight: float = 0.5          # of the base likelihood; the mixed one has the rest
     filler: bool = False              # control: thoughts are the start marker, repeated
-    marker_ids: tuple[int, ...] = ()  # vocabulary rows a checkpoint reserves for markers; never sampled
+    marker_ids: tuple[int, ...] = ()  # vocabulary rows that belong to the markers; never sampled
 
     def __post_init__(self):
         for name, least in (("thought_len", 0), ("n_thoughts", 1), ("n_true", 1)):
@@ -86,13 +88,13 @@ def choose_tokens(hidden_RD, head_VD, uniform_R=None, excluded=(), chunk: int = 
             mark_R1 = torch.minimum(uniform_R[rows, None] * total_R1,           # strictly below the
                                     torch.nextafter(total_R1, total_R1 * 0))    # total: p > 0 there
             found_R = torch.searchsorted(below_RV, mark_R1, right=True)[:, 0]
-            token_R[rows] = found_R.clamp(max=p_RV.shape[1] - 1)        # nan: let the loss report it
+            token_R[rows] = found_R.clamp(max=p_RV.shape[1] - 1)       # nan: let the loss tell
         surprise_R[rows] = -p_RV.gather(1, token_R[rows, None])[:, 0].log()
     return token_R, surprise_R
 
 
 def true_tokens(ids_BL, valid_BL, position_BP, n_true: int):
-    """The next A tokens of each position: ids and whether they are there to be scored, [B, P, A]."""
+    """The next A tokens of each position: ids, and whether they exist to be scored, [B, P, A]."""
     index_BPA = position_BP[:, :, None] + torch.arange(1, n_true + 1, device=ids_BL.device)
     inside_BPA = index_BPA < ids_BL.shape[1]
     flat = index_BPA.clamp(max=ids_BL.shape[1] - 1).flatten(1)
@@ -100,18 +102,20 @@ def true_tokens(ids_BL, valid_BL, position_BP, n_true: int):
     return target_BPA, valid_BPA & inside_BPA
 
 
-def count_terms(valid_BL, position_BP, config: ThoughtConfig):
+def count_terms(valid_BL, config: ThoughtConfig, n_positions: int | None = None):
     """How many terms each average of the loss has: [1 + A + 1] = base, mixed at each a, policy.
 
     A step over several micro-batches or ranks adds these up first, so that its averages have one
     denominator. REINFORCE looks at 0 .. L-2-A, one position fewer than have all their true tokens,
-    and counts padded ones in its average: both as released.
+    and counts padded ones in its average: both as released. If only `n_positions` of the L-1 think,
+    drawn at random, their terms stand for all: the sums shrink by that share, and so do the counts.
     """
+    position_BP, L = every_position(valid_BL), valid_BL.shape[1]
+    share = 1.0 if n_positions is None else n_positions / (L - 1)
     _, scored_BPA = true_tokens(valid_BL, valid_BL, position_BP, config.n_true)
-    policy = (position_BP <= valid_BL.shape[1] - 2 - config.n_true).sum() * config.thought_len
-    terms = (valid_BL[:, 1:].sum()[None], scored_BPA.sum((0, 1)) * config.n_thoughts,
-             policy[None] * config.n_thoughts)
-    return torch.cat(terms).double()
+    policy = (position_BP <= L - 2 - config.n_true).sum() * config.thought_len
+    terms = torch.cat((scored_BPA.sum((0, 1)), policy[None])).double() * config.n_thoughts * share
+    return torch.cat((valid_BL[:, 1:].sum()[None].double(), terms))
 
 
 @dataclass
@@ -124,7 +128,7 @@ class Outcome:
     advantage_BNP: torch.Tensor       # nats, 0 where REINFORCE does not look
     mixing_weight_BNPA: torch.Tensor
     thought_BNPT: torch.Tensor        # token ids
-    surprise_BNP: torch.Tensor        # -log p of the sampled tokens, their mean: estimates the entropy
+    surprise_BNP: torch.Tensor        # mean -log p of the sampled tokens: estimates the entropy
     logp_BNPT: torch.Tensor           # at policy_temperature; nan where it was not needed
     loss_policy: torch.Tensor         # before policy_weight
     scored_BPA: torch.Tensor          # which predictions exist
@@ -137,7 +141,8 @@ class Outcome:
         learns, scored = self.learns_BP[:, None], self.scored_BPA[:, None]
         return {"loss": self.loss.detach(), "loss/policy": self.loss_policy,
                 "nll/base": self.base_nll_BL.sum() / self.terms[0].clamp(min=1),
-                "nll/mixed": (self.mixed_nll_BNPA.sum((0, 1, 2)) / self.terms[1:-1].clamp(min=1)).mean(),
+                "nll/mixed": (self.mixed_nll_BNPA.sum((0, 1, 2))
+                              / self.terms[1:-1].clamp(min=1)).mean(),
                 "thought/reward": (self.reward_BNP * learns).sum() / n_rewards,
                 "thought/advantage": self.advantage_BNP.sum() / n_rewards,
                 "thought/entropy": (self.surprise_BNP * learns).sum() / n_rewards,
@@ -167,22 +172,19 @@ class QuietSTaR(nn.Module):
             self.mixing_head[4].weight.zero_()
         return self
 
-    def count_terms(self, valid_BL):
-        """`count_terms` when every position thinks."""
-        return count_terms(valid_BL, every_position(valid_BL), self.config)
-
     def forward(self, ids_BL, valid_BL, position_BP=None, uniform_BNPT=None, thought_BNPT=None,
                 terms=None, all_logp: bool = False) -> Outcome:
         """The training objective of one micro-batch.
 
-        position_BP   which positions think, rising; default: 0 .. L-2, all with something to predict
+        position_BP   which positions think, rising; default: 0 .. L-2, all that predict something.
+                      A random choice of them estimates the same loss at a share of the cost
         uniform_BNPT  in [0, 1): decides the thoughts; thought_BNPT forces them instead
         terms         `count_terms` summed over the whole step; default: of this batch
         all_logp      also for thoughts without advantage, which the loss does not need
         """
         c, surprise_BNP, every = self.config, torch.zeros(1), position_BP is None
         position_BP = every_position(ids_BL) if every else position_BP
-        terms = count_terms(valid_BL, position_BP, c) if terms is None else terms
+        terms = count_terms(valid_BL, c, position_BP.shape[1]) if terms is None else terms
         if thought_BNPT is None:
             thought_BNPT, surprise_BNP = self.think(ids_BL, position_BP, uniform_BNPT, every)
         base_BLD, hanging_BNPMD = self.grade(ids_BL, position_BP, thought_BNPT, every)
@@ -193,20 +195,21 @@ class QuietSTaR(nn.Module):
         loss, base_nll_BL, mixed_nll_BNPA = self.likelihood(
             base_BLD, mixed_BNPAD, ids_BL, valid_BL, target_BPA, scored_BPA, terms)
         base_nll_BPA = base_at(base_nll_BL, position_BP, c.n_true) * scored_BPA
-        reward_BNP = (base_nll_BPA[:, None] - mixed_nll_BNPA).sum(-1)       # nats gained by thinking
+        reward_BNP = (base_nll_BPA[:, None] - mixed_nll_BNPA).sum(-1)       # nats gained
         learns_BP = position_BP <= ids_BL.shape[1] - 2 - c.n_true
         baseline_B1P = reward_BNP.mean(dim=1, keepdim=True)                 # dim 1 = thoughts
         advantage_BNP = (reward_BNP - baseline_B1P).clamp(min=0) * learns_BP[:, None]
-        loss_policy, logp_BNPT = self.policy(hanging_BNPMD, thought_BNPT, advantage_BNP, terms, all_logp)
-        return Outcome(loss + c.policy_weight * loss_policy, base_nll_BL, mixed_nll_BNPA, reward_BNP,
-                       advantage_BNP, weight_BNPA.detach(), thought_BNPT, surprise_BNP, logp_BNPT,
-                       loss_policy.detach(), scored_BPA, learns_BP, terms)
+        loss_policy, logp_BNPT = self.policy(hanging_BNPMD, thought_BNPT, advantage_BNP, terms,
+                                             all_logp)
+        return Outcome(loss + c.policy_weight * loss_policy, base_nll_BL, mixed_nll_BNPA,
+                       reward_BNP, advantage_BNP, weight_BNPA.detach(), thought_BNPT, surprise_BNP,
+                       logp_BNPT, loss_policy.detach(), scored_BPA, learns_BP, terms)
 
     # -------------------------------------------------------------------------------- think
 
     @torch.no_grad()
     def think(self, ids_BL, position_BP, uniform_BNPT, every: bool):
-        """Sample all thoughts in parallel, T single-token passes. Returns thought_BNPT, surprise_BNP."""
+        """Sample all thoughts in parallel, T single-token passes: thought_BNPT, surprise_BNP."""
         context = SamplingContext(ids_BL.shape[1], position_BP, self.config.n_thoughts,
                                   self.config.thought_len, every)
         self.model(ids_BL, context)
@@ -241,7 +244,7 @@ class QuietSTaR(nn.Module):
         return torch.cat((start, inner, end, *ahead), dim=3)
 
     def grade(self, ids_BL, position_BP, thought_BNPT, every: bool):
-        """One pass over everything at once. Hidden states of the text, and of all that hangs off it."""
+        """One pass over everything: hidden states of the text, and of all that hangs off it."""
         ahead_BPa, _ = true_tokens(ids_BL, ids_BL >= 0, position_BP, self.config.n_true - 1)
         hanging_BNPMD = self.embed_hanging(thought_BNPT, ahead_BPa)
         L, shape = ids_BL.shape[1], hanging_BNPMD.shape[1:4]
@@ -254,12 +257,13 @@ class QuietSTaR(nn.Module):
 
     def mixed(self, base_BLD, after_BNPAD, position_BP):
         """Mix each state after a thought with the base state of the same text position."""
-        base_BNPAD = base_at(base_BLD, position_BP, after_BNPAD.shape[3])[:, None].expand_as(after_BNPAD)
+        base_BPAD = base_at(base_BLD, position_BP, after_BNPAD.shape[3])
+        base_BNPAD = base_BPAD[:, None].expand_as(after_BNPAD)
         weight_BNPA1 = self.mixing_head(torch.cat((base_BNPAD, after_BNPAD), dim=-1))
         return mix(base_BNPAD, after_BNPAD, weight_BNPA1), weight_BNPA1[..., 0]
 
     def likelihood(self, base_BLD, mixed_BNPAD, ids_BL, valid_BL, target_BPA, scored_BPA, terms):
-        """Both likelihood terms in one visit to the head. Returns their loss and each nll, no gradient."""
+        """Both likelihood terms in one visit to the head: their loss; each nll, no gradient."""
         c, scored_BL, scored_BNPA = self.config, valid_BL[:, 1:], scored_BPA[:, None].expand(
             mixed_BNPAD.shape[:-1])
         weight_A = (1 - c.base_weight) / (c.n_true * terms[1:-1].clamp(min=1)).float()
@@ -275,22 +279,23 @@ class QuietSTaR(nn.Module):
     def policy(self, hanging_BNPMD, thought_BNPT, advantage_BNP, terms, all_logp):
         """REINFORCE, only where there is an advantage: the other rows never see the head."""
         c = self.config
-        chosen_BNP = torch.ones_like(advantage_BNP, dtype=torch.bool) if all_logp else advantage_BNP > 0
+        chosen_BNP = (advantage_BNP > 0) | all_logp
         if c.filler:
             chosen_BNP = torch.zeros_like(chosen_BNP)
         chosen_BNPT = chosen_BNP[..., None].expand_as(thought_BNPT)
-        before_BNPTD = hanging_BNPMD[..., :c.thought_len, :]      # the state before each thought token
+        before_BNPTD = hanging_BNPMD[..., :c.thought_len, :]   # the state before each thought token
         weight_R = advantage_BNP[..., None].expand_as(chosen_BNPT)[chosen_BNPT]
+        weight_R = weight_R / terms[-1].clamp(min=1).float()
         loss, nll_R = weighted_nll(before_BNPTD[chosen_BNPT], self.model.head.weight,
-                                   thought_BNPT[chosen_BNPT], weight_R / terms[-1].clamp(min=1).float(),
-                                   c.policy_temperature, c.marker_ids)
+                                   thought_BNPT[chosen_BNPT], weight_R, c.policy_temperature,
+                                   c.marker_ids)
         return loss, spread(-nll_R, chosen_BNPT, torch.nan)       # ascend on thoughts that helped
 
     # -------------------------------------------------------------------------------- use
 
     @torch.no_grad()
     def predict(self, ids_BL, position_BP=None, uniform_BNPT=None, thought_BNPT=None):
-        """What the model expects next at the given positions (default: all), after one thought each.
+        """What the model expects next at the given positions (default: all), after a thought each.
 
         Greedy thoughts (a true argmax) unless `uniform_BNPT` decides or `thought_BNPT` forces them;
         N is theirs, else 1. Returns base_BPD and mixed_BNPD (states for the head, without the look

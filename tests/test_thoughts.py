@@ -1,4 +1,5 @@
 """That what is trained is Quiet-STaR: properties, on toys, against slow and obvious oracles."""
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -269,7 +270,7 @@ def test_micro_batches_with_unequal_padding_equal_one_batch():
     valid_BL = torch.arange(9) < torch.tensor([9, 3, 6, 2])[:, None]
     uniform_BNPT = uniforms(4, 2, 8, 3)
     whole = gradient(quiet, ids_BL, valid_BL, uniform_BNPT=uniform_BNPT)
-    terms = quiet.count_terms(valid_BL)
+    terms = count_terms(valid_BL, quiet.config)
     quiet.zero_grad()
     loss = 0
     for rows in (slice(0, 1), slice(1, 4)):
@@ -295,10 +296,25 @@ def test_padding_changes_nothing():
 def test_every_average_names_its_denominator():
     quiet = tiny_quiet(n_true=2)
     valid_BL = torch.arange(7) < torch.tensor([7, 4])[:, None]
-    terms = count_terms(valid_BL, every_position(valid_BL), quiet.config).tolist()
+    terms = count_terms(valid_BL, quiet.config).tolist()
     assert terms == [6 + 3,                       # base: next tokens that exist
                      (6 + 3) * 2, (5 + 2) * 2,    # mixed, at a = 0 and 1, times N
                      2 * 4 * 2 * 3]               # policy: B * (L - 1 - A) * N * T, padding counted
+
+
+def test_thinking_at_a_random_share_of_the_positions_estimates_the_same_gradient():
+    """The mean over all choices of 2 of the 4 positions is the gradient of thinking at all 4."""
+    quiet, ids_BL = tiny_quiet(n_true=2), texts(1, 5)
+    valid_BL = torch.ones_like(ids_BL).bool()
+    uniform_BNPT = uniforms(1, 2, 4, 3)
+    whole = gradient(quiet, ids_BL, valid_BL, uniform_BNPT=uniform_BNPT)
+    choices = list(itertools.combinations(range(4), 2))
+    mean = {name: 0 for name in whole}
+    for choice in choices:
+        part = gradient(quiet, ids_BL, valid_BL, torch.tensor([choice]), uniform_BNPT[:, :, choice])
+        mean = {name: mean[name] + part[name] / len(choices) for name in mean}
+    for name in whole:
+        torch.testing.assert_close(mean[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
 def test_log_probabilities_that_the_loss_does_not_need_are_not_computed():
