@@ -1,0 +1,299 @@
+"""The loop: what is learnt does not depend on how the run was cut, stopped, killed or resumed."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import shell_game
+import train
+import weights
+
+TOY = ("--dim=16", "--n_layers=1", "--n_heads=2", "--n_kv_heads=1", "--ffn_dim=32", "--max_seq_len=128",
+       "--thought_len=2", "--n_thoughts=2", "--n_true=2", "--policy_weight=1", "--policy_temperature=1",
+       "--marker_lr=1", "--batch=4", "--length=12", "--lr=1e-2", "--warmup=2", "--eval_texts=8")
+
+
+def toy(game, out, *changes):
+    return (*TOY, f"--data={game}/silent", f"--out={out}", "--steps=6", "--save_every=3",
+            "--eval_every=3", *changes)
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    return weights.load(weights.find_checkpoint(str(run))).state_dict()
+
+
+def assert_same_weights(a: Path, b: Path):
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def rows(run: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "tokens/s"} for row in lines]
+
+
+@pytest.fixture(scope="module")
+def whole_run(game, tmp_path_factory):
+    """An uninterrupted run that every other way of running must equal."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = subprocess.run([sys.executable, "train.py", *toy(game, out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_same_seed_gives_the_same_weights_and_log(call, game, whole_run, tmp_path):
+    assert call(train, *toy(game, tmp_path / "again"))[0] == 0
+    assert_same_weights(tmp_path / "again", whole_run)
+    assert rows(tmp_path / "again") == rows(whole_run)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(call, game, whole_run, tmp_path):
+    out = tmp_path / "run"
+    assert call(train, *toy(game, out, "--steps=3"))[0] == 0
+    assert call(train, "--init_from=resume", f"--out={out}", "--steps=6")[0] == 0
+    assert_same_weights(out, whole_run)
+    assert rows(out) == rows(whole_run)
+
+
+def test_accumulation_equals_one_large_batch(call, game, whole_run, tmp_path):
+    assert call(train, *toy(game, tmp_path / "run", "--accumulate=4"))[0] == 0
+    left, right = tensors(tmp_path / "run"), tensors(whole_run)
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5)
+    for a, b in zip(rows(tmp_path / "run"), rows(whole_run)):
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_torchrun_equals_one_process(game, whole_run, tmp_path, ranks):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+                           "--standalone", "train.py", *toy(game, tmp_path / "run")],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    left, right = tensors(tmp_path / "run"), tensors(whole_run)
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5)
+    for a, b in zip(rows(tmp_path / "run"), rows(whole_run)):
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_bfloat16_products_keep_float32_weights(call, game, tmp_path):
+    assert call(train, *toy(game, tmp_path / "run", "--dtype=bfloat16"))[0] == 0
+    assert {t.dtype for t in tensors(tmp_path / "run").values()} == {torch.float32}
+    assert all(np.isfinite(row["loss"]) for row in rows(tmp_path / "run") if "loss" in row)
+
+
+def test_plain_training_then_thoughts_then_plain_again(call, game, tmp_path):
+    base, quiet = tmp_path / "base", tmp_path / "quiet"
+    assert call(train, *toy(game, base, "--objective=plain"))[0] == 0
+    assert set(rows(base)[1]) == {"step", "loss", "nll/base", "grad_norm", "lr"}
+    assert call(train, *toy(game, quiet, f"--init_from={base}", "--steps=1"))[0] == 0
+    first = rows(quiet)[1]
+    assert first["nll/base"] == pytest.approx(first["nll/mixed"], abs=0.1)     # the mixing head is shut
+    assert call(train, *toy(game, tmp_path / "more", f"--init_from={quiet}", "--objective=plain"))[0] == 0
+    assert "start_thought" not in tensors(tmp_path / "more")
+
+
+def test_the_optimizer_has_four_groups_with_their_own_rates(game):
+    from toys import tiny_quiet
+    cfg = train.TrainConfig(out="x", data="x", marker_lr=100, mixing_lr=5, weight_decay=0.1)
+    optimizer = train.build_optimizer(tiny_quiet(), cfg)
+    found = {g["name"]: (len(g["params"]), g["scale"], g["weight_decay"]) for g in optimizer.param_groups}
+    assert found == {"decay": (2 * 7 + 2, 1, 0.1), "no_decay": (2 * 2 + 1, 1, 0),
+                     "markers": (2, 100, 0), "mixing_head": (5, 5, 0.1)}
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    cfg = train.TrainConfig(out="x", data="x", lr=1.0, lr_end=0.1, warmup=10, steps=110)
+    assert train.lr_at(0, cfg) == pytest.approx(0.1) and train.lr_at(9, cfg) == pytest.approx(1.0)
+    assert train.lr_at(60, cfg) == pytest.approx(0.55) and train.lr_at(110, cfg) == pytest.approx(0.1)
+
+
+def test_thoughts_depend_on_seed_step_and_row_alone():
+    cfg, thought = train.TrainConfig(out="x", data="x", length=5), train.ThoughtConfig(thought_len=2)
+    def draws(step, rows):
+        return train.thought_draws(cfg, thought, step, rows)["uniform_BNPT"]
+    whole = draws(7, range(4))
+    assert torch.equal(torch.cat([draws(7, rows) for rows in ([0], [1, 2, 3])]), whole)
+    assert not torch.equal(draws(8, range(4)), whole) and whole.shape == (4, 2, 4, 2)
+
+
+def test_a_share_of_the_positions_thinks_chosen_anew_at_every_step(call, game, tmp_path):
+    cfg = train.TrainConfig(out="x", data="x", length=11, think_share=0.25)
+    position_BP = train.thought_draws(cfg, train.ThoughtConfig(thought_len=2), 7, range(50))["position_BP"]
+    assert position_BP.shape == (50, 3) and (position_BP.diff(dim=1) > 0).all()
+    assert set(position_BP.flatten().tolist()) == set(range(10))
+    assert call(train, *toy(game, tmp_path / "run", "--think_share=0.5"))[0] == 0
+
+
+def test_activation_checkpointing_learns_the_same(call, game, whole_run, tmp_path):
+    assert call(train, *toy(game, tmp_path / "run", "--recompute"))[0] == 0
+    left, right = tensors(tmp_path / "run"), tensors(whole_run)
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- accidents
+
+KILLER = """
+import os, random, signal, sys, time
+import config, train
+out, argv, rng, kills = sys.argv[1], sys.argv[2:], random.Random(0), 0
+while True:
+    resume = ["--init_from=resume", "--out=" + out] if os.path.exists(out + "/latest") else argv
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["train.py", *resume]
+        config.run(train.main)
+        os._exit(0)
+    if kills < 20:
+        time.sleep(rng.uniform(0.05, 0.7))
+    done, status = os.waitpid(child, os.WNOHANG if kills < 20 else 0)
+    if done:
+        assert status == 0, status
+        break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+print("kills", kills)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_it_ends_in_the_same_weights(call, game, tmp_path):
+    changes = ("--steps=240", "--save_every=4", "--eval_every=0")
+    assert call(train, *toy(game, tmp_path / "whole", *changes))[0] == 0
+    out = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", KILLER, str(out), *toy(game, out, *changes)],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                                               "PYTHONPATH": os.getcwd()})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "20"
+    assert_same_weights(out, tmp_path / "whole")
+    assert rows(out) == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_says_where_and_exits_cleanly(call, game, whole_run, tmp_path, monkeypatch, number):
+    out, crop = tmp_path / "run", train.data.Crops.batch
+
+    def interrupted(self, step, r):
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return crop(self, step, r)
+    monkeypatch.setattr(train.data.Crops, "batch", interrupted)
+    status, stdout, _ = call(train, *toy(game, out))
+    assert status == 0 and f"at step 5: saved {out}/step-000005" in stdout
+    monkeypatch.undo()
+    resumed = subprocess.run([sys.executable, "train.py", "--init_from=resume", f"--out={out}"],
+                             capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_weights(out, whole_run)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(call, whole_run, tmp_path, name, damage):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    file = run / "step-000006" / name
+    content = file.read_bytes()
+    file.write_bytes(content[:len(content) // 2] if damage == "truncated" else b"garbage " * 1000)
+    status, _, stderr = call(train, "--init_from=resume", f"--out={run}", "--steps=9")
+    assert status == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert str(file) in stderr and str(run / "step-000003") in stderr
+    shutil.rmtree(run / "step-000006")                                    # what the message says to do
+    assert call(train, "--init_from=resume", f"--out={run}")[0] == 0
+    assert_same_weights(run, whole_run)
+
+
+def test_a_checkpoint_never_runs_code(call, whole_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+    torch.save({"step": 6, "settings": Evil()}, run / "step-000006" / "state.pt")
+    status, _, stderr = call(train, "--init_from=resume", f"--out={run}")
+    assert status == 2 and "state.pt" in stderr and not (tmp_path / "owned").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(
+        call, game, tmp_path, monkeypatch):
+    build = train.build_optimizer
+
+    def poisoned(objective, cfg):
+        optimizer = build(objective, cfg)
+
+        def poison(*_):
+            if optimizer.state and next(iter(optimizer.state.values()))["step"] == 4:
+                with torch.no_grad():
+                    objective.start_thought.fill_(torch.nan)
+        optimizer.register_step_post_hook(poison)
+        return optimizer
+    monkeypatch.setattr(train, "build_optimizer", poisoned)
+    status, _, stderr = call(train, *toy(game, tmp_path / "run", "--eval_every=0"))
+    assert status == 2 and stderr.count("\n") == 1
+    assert "loss is nan at step 4" in stderr and f"{tmp_path}/run/step-000003" in stderr
+
+
+def test_a_run_is_never_overwritten(call, game, whole_run):
+    status, _, stderr = call(train, *toy(game, whole_run))
+    assert status == 2 and "already holds a run" in stderr
+
+
+def test_only_the_last_two_checkpoints_are_kept(call, game, tmp_path):
+    assert call(train, *toy(game, tmp_path / "run", "--save_every=2"))[0] == 0
+    assert sorted(p.name for p in (tmp_path / "run").glob("step-*")) == ["step-000004", "step-000006"]
+    assert (tmp_path / "run" / "latest").read_text() == "step-000006"
+
+
+@pytest.mark.parametrize("changes, words", [
+    (["--steps=many"], "--steps: invalid int value: 'many'"),
+    (["--stepz=3"], "unknown option --stepz=3; did you mean --steps?"),
+    (["--data=nowhere"], "nowhere"),
+    (["--length=100000", "--crops=stream"], "100000"),
+    (["--batch=5", "--accumulate=2"], "batch=5 does not divide into 1 ranks x accumulate=2"),
+    (["--objective=loud"], "--objective=loud is not one of quiet, plain"),
+    (["--init_from=nowhere"], "nowhere holds no whole checkpoint"),
+    (["--init_from=resume"], "nothing to resume"),
+    (["--n_kv_heads=3"], "n_heads=2 is not a multiple of n_kv_heads=3"),
+    (["--vocab_size=7"], "tokenizer has 20 tokens, model embeds 7"),
+    (["--think_share=0"], "--think_share=0.0 is not above 0 and at most 1"),
+    (["--thought_len=-1"], "thought_len=-1 is below 0"),
+    (["--device=tpu"], "--device=tpu is not one of auto, cpu, cuda")])
+def test_a_mistake_is_one_line_and_status_2(call, game, tmp_path, changes, words):
+    status, _, stderr = call(train, *toy(game, tmp_path / "run", *changes))
+    assert status == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert words in stderr
+
+
+def test_resuming_with_another_architecture_is_refused(call, whole_run):
+    status, _, stderr = call(train, "--init_from=resume", f"--out={whole_run}", "--n_layers=2")
+    assert status == 2 and "cannot resume: n_layers is 1" in stderr and "2 on the command line" in stderr
+
+
+def test_an_empty_corpus_and_a_token_outside_the_vocabulary_are_one_line(call, game, tmp_path):
+    copy = tmp_path / "silent"
+    shutil.copytree(game / "silent", copy)
+    (copy / "train.bin").write_bytes(b"")
+    assert call(train, *toy(game, tmp_path / "run", f"--data={copy}"))[0] == 2
+    ids = np.fromfile(game / "silent" / "train.bin", dtype=np.uint16)
+    ids[:] = 999
+    (copy / "train.bin").write_bytes(ids.tobytes())
+    status, _, stderr = call(train, *toy(game, tmp_path / "run", f"--data={copy}"))
+    assert status == 2 and "999" in stderr and stderr.count("\n") == 1
