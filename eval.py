@@ -185,8 +185,8 @@ class EvalConfig:
 
 def main():
     (cfg,) = config.parse(EvalConfig)
-    objective = weights.load_objective(cfg.checkpoint, cfg.device)
     tokenizer, token_file = tokenizers.load(cfg.data), data.TokenFile(cfg.data, cfg.split)
+    objective = weights.load_objective(cfg.checkpoint, cfg.device, tokenizer)
     scores = score_texts(objective, token_file, tokenizer, cfg.texts, cfg.length, cfg.thoughts,
                          cfg.batch)
     result = dict(tokens=len(scores.text), thoughts=cfg.thoughts)

@@ -111,6 +111,18 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON ({error}): download it again") from None
 
 
+def find_checkpoint(folder: str) -> Path:
+    """A folder with a model in it, or the newest checkpoint of a run's folder."""
+    pointer = Path(folder, "latest")
+    if not pointer.is_file():
+        return Path(folder)
+    named = Path(folder, pointer.read_text().strip())
+    whole = sorted(path for path in Path(folder).glob("step-*") if path.is_dir())
+    if not named.is_dir() and not whole:
+        raise FileNotFoundError(f"{pointer} names {named.name}, which is gone as are all others")
+    return named if named.is_dir() else whole[-1]
+
+
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """`write(temporary)` makes a file beside `path`, which is then put in place: all or nothing."""
     path, temporary = Path(path), Path(f"{path}.tmp")

@@ -8,9 +8,7 @@ prediction; then the thought is dropped. A thought at the end of the text is an 
 continuation, so the text's own cache serves: thoughts are written beyond the last token and simply
 overwritten by the next one. T + 1 passes a token, whatever the length of the text.
 
-Left out on purpose: beam search, a chat template, serving.
-
-Read next: eval.py
+Left out on purpose: beam search, chat templates, serving.  Read next: eval.py
 """
 import sys
 from dataclasses import dataclass
@@ -24,13 +22,17 @@ from model import CausalContext, KVCache
 from thoughts import QuietSTaR, choose_tokens, mix
 
 
+HEADER = ("\na thought is what raised the likelihood of the text, not a record of why\n"
+          "       token  weight    gain  thought\n")
+
+
 @dataclass
 class Emitted:
-    """One visible token of each of the B texts, and what was thought before it."""
+    """One visible token of each of the B texts, and what was thought before it (ids)."""
     token_B: torch.Tensor
-    thought_BT: torch.Tensor              # ids
     mixing_weight_B: torch.Tensor         # 0 base only, 1 thought only
     gain_B: torch.Tensor                  # nats: log p(token) with the thought, minus without
+    thought_BT: torch.Tensor
 
 
 class Generator:
@@ -40,6 +42,7 @@ class Generator:
     `max_new` tokens can follow. Thoughts are greedy; visible tokens are drawn by `generator` at
     `temperature` from the `top_k` best. Temperature 0 takes the best, top_k 0 considers all.
     """
+    @torch.no_grad()
     def __init__(self, model, ids_BL, length_B, max_new: int, temperature: float = 1.0,
                  top_k: int = 0, generator: torch.Generator | None = None, think: bool = True):
         self.quiet = model if isinstance(model, QuietSTaR) and think else None
@@ -49,42 +52,44 @@ class Generator:
         slots = ids_BL.shape[1] + max_new + self.n_thought
         if slots > self.mistral.config.max_seq_len:
             context = f"{self.mistral.config.max_seq_len} with {self.n_thought} kept for thoughts"
-            raise ValueError(f"prompt is {ids_BL.shape[1]} tokens and {max_new} more are asked for; "
+            raise ValueError(f"prompt is {ids_BL.shape[1]} tokens, {max_new} more are asked for, "
                              f"context is {context}: shorten the prompt or lower --max_new")
-        weight = self.mistral.embed.weight
+        weight, self.position_B1 = self.mistral.embed.weight, length_B[:, None] - 1
         self.cache = KVCache(self.mistral.config, len(ids_BL), slots, weight.device, weight.dtype)
-        self.position_B1 = length_B[:, None] - 1
         every_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
         self.longest, self.last_B1 = ids_BL.shape[1], ids_BL.gather(1, self.position_B1)
         self._read(self.mistral.embed(ids_BL), every_BL)    # fill the cache; the last is read again
 
     def _read(self, x_BSD, position_BS):
         """One pass over new tokens at their positions; hidden states."""
-        length = self.longest + self.n_thought
-        return self.mistral.transform(x_BSD, CausalContext(position_BS, self.cache, length))
+        context = CausalContext(position_BS, self.cache, self.longest + self.n_thought)
+        return self.mistral.transform(x_BSD, context)
 
     @torch.no_grad()
     def step(self) -> Emitted:
-        head_VD, B = self.mistral.head.weight, len(self.last_B1)
-        base_BD, after_BD, thought_BT = self._think() if self.quiet else self._predict()
-        weight_B1, mixed_BD = torch.zeros(B, 1, device=base_BD.device), base_BD
-        if self.quiet:
-            weight_B1 = self.quiet.mixing_head(torch.cat((base_BD, after_BD), dim=-1))
-            mixed_BD = mix(base_BD, after_BD, weight_B1)
-        logits_BV = torch.nn.functional.linear(mixed_BD, head_VD).float()
-        token_B = self._choose(logits_BV.clone())
-        base_logp_BV = torch.nn.functional.linear(base_BD, head_VD).float().log_softmax(-1)
-        gain_B = (logits_BV.log_softmax(-1) - base_logp_BV).gather(1, token_B[:, None])[:, 0]
-        self.last_B1, self.position_B1 = token_B[:, None], self.position_B1 + 1
+        base_BD, mixed_BD, weight_B1, thought_BT = self._think() if self.quiet else self._predict()
+        logits_BV = self._logits(mixed_BD)
+        token_B1 = self._choose(logits_BV)[:, None]
+        gain_BV = logits_BV.log_softmax(-1) - self._logits(base_BD).log_softmax(-1)
+        self.last_B1, self.position_B1 = token_B1, self.position_B1 + 1
         self.longest += 1
-        return Emitted(token_B, thought_BT, weight_B1[:, 0], gain_B)
+        return Emitted(*(t[:, 0] for t in (token_B1, weight_B1, gain_BV.gather(1, token_B1))),
+                       thought_BT)
+
+    def _logits(self, hidden_BD):
+        """Of the visible tokens: a marker that has a row in the vocabulary is never emitted."""
+        logits_BV = torch.nn.functional.linear(hidden_BD, self.mistral.head.weight).float()
+        if self.quiet:
+            logits_BV[:, list(self.quiet.config.marker_ids)] = -torch.inf
+        return logits_BV
 
     def _predict(self):
+        """Base state twice, mixing weight 0, and no thought."""
         base_BD = self._read(self.mistral.embed(self.last_B1), self.position_B1)[:, 0]
-        return base_BD, base_BD, base_BD[:, :0].long()
+        return base_BD, base_BD, base_BD[:, :1] * 0, base_BD[:, :0].long()
 
     def _think(self):
-        """Base state, state after a thought, and the thought, at the last position of each text."""
+        """Base state, mixed state, mixing weight and thought, at the last position of each text."""
         quiet, T = self.quiet, self.quiet.config.thought_len
         start_B1D, end_B1D = (marker.expand(len(self.last_B1), 1, -1)
                               for marker in (quiet.start_thought, quiet.end_thought))
@@ -104,13 +109,11 @@ class Generator:
             hidden_BSD = self._read(x_BSD, position_BS)
         if T == 0:
             hidden_BSD = self._read(end_B1D, position_BS[:, -1:] + 1)
-        thought_BT = torch.stack(thought, 1) if thought else base_BD[:, :0].long()
-        return base_BD, hidden_BSD[:, -1], thought_BT
+        weight_B1 = quiet.mixing_head(torch.cat((base_BD, hidden_BSD[:, -1]), dim=-1))
+        mixed_BD = mix(base_BD, hidden_BSD[:, -1], weight_B1)
+        return base_BD, mixed_BD, weight_B1, torch.stack(thought, 1) if T else base_BD[:, :0].long()
 
     def _choose(self, logits_BV):
-        """A visible token; markers have no row, or one that is never emitted."""
-        if self.quiet:
-            logits_BV[:, list(self.quiet.config.marker_ids)] = -torch.inf
         if self.temperature == 0:
             return logits_BV.argmax(-1)
         if self.top_k:
@@ -141,11 +144,11 @@ class SampleConfig:
 
 def main():
     (cfg,) = config.parse(SampleConfig)
-    objective = weights.load_objective(cfg.checkpoint, cfg.device)
+    tokenizer = tokenizers.load(weights.find_checkpoint(cfg.checkpoint))
+    objective = weights.load_objective(cfg.checkpoint, cfg.device, tokenizer)
     model = objective if isinstance(objective, QuietSTaR) else objective.model
     if cfg.show_thoughts and model is not objective:
         raise ValueError(f"{cfg.checkpoint} has no thoughts to show: train it to think (train.py)")
-    tokenizer = tokenizers.load(weights.find_checkpoint(cfg.checkpoint))
     prompt = cfg.prompt or sys.stdin.read().rstrip("\n")
     ids = tokenizer.encode(prompt, bos=tokenizer.bos is not None)
     if not ids:
@@ -154,10 +157,7 @@ def main():
     ids_BL, length_B = (torch.tensor(x, device=device) for x in ([ids], [len(ids)]))
     texts = Generator(model, ids_BL, length_B, cfg.max_new, cfg.temperature, cfg.top_k,
                       torch.Generator(device).manual_seed(cfg.seed), not cfg.no_thoughts)
-    print(prompt, end="\n" if cfg.show_thoughts else "", flush=True)
-    if cfg.show_thoughts:
-        print("a thought is what raised the likelihood of the text, not a record of why\n"
-              f"{'token':>12s}  {'weight':>6s}  {'gain':>6s}  thought")
+    print(prompt, end=HEADER if cfg.show_thoughts else "", flush=True)
     stream = tokenizer.stream()
     for token in ids:
         stream.push(token)
@@ -168,9 +168,9 @@ def main():
             break
         if cfg.show_thoughts:
             shown, thought = (tokenizer.decode(ids).replace("\n", "\\n")
-                              for ids in ([token], emitted.thought_BT[0].tolist()))
-            numbers = f"{emitted.mixing_weight_B[0]:6.2f}  {emitted.gain_B[0]:+6.2f}"
-            print(f"{shown:>12s}  {numbers}  {thought}")
+                              for ids in ([token], emitted.thought_BT[0]))
+            weight, gain = emitted.mixing_weight_B[0], emitted.gain_B[0]
+            print(f"{shown:>12s}  {weight:6.2f}  {gain:+6.2f}  {thought}")
         else:
             print(stream.push(token), end="", flush=True)
     print(stream.flush())

@@ -93,9 +93,7 @@ def build_objective(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: Thoug
     else:
         model = weights.load(weights.find_checkpoint(cfg.init_from), thought_config=thought_cfg)
     base = model.model if isinstance(model, QuietSTaR) else model
-    if tokenizer.vocab_size > base.config.vocab_size:
-        raise ValueError(f"tokenizer has {tokenizer.vocab_size} tokens, model embeds "
-                         f"{base.config.vocab_size}: {cfg.data} was prepared for another model")
+    weights.check_tokenizer(resumed or cfg.init_from, base.config, tokenizer)
     if cfg.objective == "plain":
         return NextToken(base)
     if isinstance(model, QuietSTaR):
@@ -157,8 +155,7 @@ def save_checkpoint(out: Path, step: int, objective, optimizer, settings: dict, 
     draft.mkdir(parents=True)
     weights.save(objective.model if isinstance(objective, NextToken) else objective, draft)
     tokenizer.copy_to(draft)
-    state = {"step": step, "settings": settings, "tokenizer_sha256": tokenizer.sha256,
-             "optimizer": optimizer.state_dict()}
+    state = {"step": step, "settings": settings, "optimizer": optimizer.state_dict()}
     weights.write_atomically(draft / "state.pt", lambda path: torch.save(state, path))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
@@ -283,8 +280,6 @@ def main():
     # resume
     step = 0
     if state is not None:
-        if state["tokenizer_sha256"] != tokenizer.sha256:
-            raise ValueError(f"{cfg.out} was trained with another tokenizer than {cfg.data} holds")
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     log = Log(out, step, place.writes)

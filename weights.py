@@ -25,7 +25,7 @@ import config
 import formats
 import parallel
 import tokenizer as tokenizers
-from files import read_json, stored_tensors, write_atomically
+from files import find_checkpoint, read_json, stored_tensors, write_atomically
 from model import Mistral, ModelConfig, NextToken
 from thoughts import QuietSTaR, ThoughtConfig
 
@@ -85,23 +85,27 @@ def load(folder: str | Path, device="cpu", dtype: torch.dtype | None = torch.flo
     return model
 
 
-def find_checkpoint(folder: str) -> Path:
-    """A folder with a model in it, or the newest checkpoint of a run's folder."""
-    pointer = Path(folder, "latest")
-    if not pointer.is_file():
-        return Path(folder)
-    named = Path(folder, pointer.read_text().strip())
-    whole = sorted(path for path in Path(folder).glob("step-*") if path.is_dir())
-    if not named.is_dir() and not whole:
-        raise FileNotFoundError(f"{pointer} names {named.name}, which is gone as are all others")
-    return named if named.is_dir() else whole[-1]
-
-
-def load_objective(folder: str, device: str) -> QuietSTaR | NextToken:
+def load_objective(folder: str, device: str, tokenizer) -> QuietSTaR | NextToken:
     """What is sampled from and evaluated; `device` auto, cpu (in fp32) or cuda (as stored)."""
     here = parallel.pick_device(device)
     model = load(find_checkpoint(folder), here, torch.float32 if here.type == "cpu" else None)
-    return model if isinstance(model, QuietSTaR) else NextToken(model)
+    objective = model if isinstance(model, QuietSTaR) else NextToken(model)
+    check_tokenizer(folder, objective.model.config, tokenizer)
+    return objective
+
+
+def check_tokenizer(folder: str, shape: ModelConfig, tokenizer) -> None:
+    """ValueError if `tokenizer` is not the one beside the checkpoint, or is too large for it."""
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ValueError(f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, model embeds "
+                         f"{shape.vocab_size}: it belongs to another model than {folder}")
+    try:
+        own = tokenizers.load(find_checkpoint(folder))
+    except FileNotFoundError:             # some checkpoints come without
+        return
+    if own.sha256 != tokenizer.sha256:
+        raise ValueError(f"{tokenizer.path} is another tokenizer than {own.path}: prepare the data "
+                         f"with --tokenizer={own.path}")
 
 
 def add_thoughts(model: Mistral, thought_config: ThoughtConfig, dash_id: int,
@@ -260,6 +264,7 @@ class ConvertConfig:
     checkpoint: str = ""              # folder to read
     out: str = ""                     # folder to write
     layout: str = "ours"              # ours | base | released | mistral
+    reset_markers: bool = False       # to the em dash's embedding, as the released evaluation does
     dtype: str = ""                   # float32 | bfloat16 | float16; empty keeps what is stored
 
     def __post_init__(self):
@@ -278,7 +283,11 @@ def main():
         print(f"no tokenizer is copied: {error}")
         tokenizer = None
     dtype = getattr(torch, cfg.dtype) if cfg.dtype else None
-    save(load(folder, dtype=None), cfg.out, cfg.layout, dtype, tokenizer=tokenizer)
+    if cfg.reset_markers and not tokenizer:
+        raise ValueError("--reset_markers needs the tokenizer, for its em dash, beside the weights")
+    dash_id = tokenizers.dash_id(tokenizer) if cfg.reset_markers else None
+    model = load(folder, dtype=None, reset_markers=cfg.reset_markers, dash_id=dash_id)
+    save(model, cfg.out, cfg.layout, dtype, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,6 @@ def test_a_mistake_is_one_line(call, checkpoint, game, tmp_path, monkeypatch):
                         ([f"--checkpoint={tmp_path}/base", "--prompt=ball", "--show-thoughts"],
                          "has no thoughts to show"),
                         ([given, "--show-thoughts", "--no-thoughts"], "contradict"),
-                        ([f"--checkpoint={tmp_path}/none", "--prompt=ball"], "holds no whole checkpoint")):
+                        ([f"--checkpoint={tmp_path}/none", "--prompt=ball"], "none is missing")):
         status, _, stderr = call(sample, *argv)
         assert status == 2 and words in stderr and stderr.count("\n") == 1

@@ -272,7 +272,7 @@ def test_only_the_last_two_checkpoints_are_kept(call, game, tmp_path):
     (["--init_from=nowhere"], "nowhere holds no whole checkpoint"),
     (["--init_from=resume"], "nothing to resume"),
     (["--n_kv_heads=3"], "n_heads=2 is not a multiple of n_kv_heads=3"),
-    (["--vocab_size=7"], "tokenizer has 20 tokens, model embeds 7"),
+    (["--vocab_size=7"], "has 20 tokens, model embeds 7"),
     (["--think_share=0"], "--think_share=0.0 is not above 0 and at most 1"),
     (["--thought_len=-1"], "thought_len=-1 is below 0"),
     (["--device=tpu"], "--device=tpu is not one of auto, cpu, cuda")])
