@@ -2,8 +2,8 @@
 
     game, train = parse(GameConfig, TrainConfig)          # --steps=300, --steps 300, --help
 
-The options are the fields: name, type, default, and as help the comment behind the field. An unknown
-option is an error that names the nearest one. `run(main)` ends every user mistake in one line.
+The options are the fields: name, type, default, and as help the comment behind the field. An
+unknown option is an error that names the nearest. `run(main)` ends every user mistake in one line.
 Left out on purpose: files of settings, and executing anything. A preset is a command in runs/.
 
 Read next: nothing; this is the last page.
@@ -54,7 +54,8 @@ def parse(*dataclasses_, argv: list[str] | None = None, defaults: dict | None = 
 
 def given(argv: list[str] | None = None) -> set[str]:
     """The names of the options that the command line spells out."""
-    return {_underscored(word).partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    return {_underscored(word).partition("=")[0]
+            for word in (sys.argv[1:] if argv is None else argv)}
 
 
 def run(main) -> None:
@@ -69,7 +70,9 @@ def run(main) -> None:
 def _underscored(word: str) -> str:
     """--show-thoughts and --show_thoughts are the same option; values are left alone."""
     name, equals, value = word.partition("=")
-    return (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + equals + value
+    if name.startswith("--"):
+        name = name.replace("-", "_").replace("__", "--", 1)
+    return name + equals + value
 
 
 def _argument(field, comment: str) -> dict:
@@ -79,7 +82,8 @@ def _argument(field, comment: str) -> dict:
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
     help_text = (comment + f" (default: {default})").replace("%", "%%").strip()
     if kind is bool:
-        return dict(type=_boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help_text)
+        return dict(type=_boolean, nargs="?", const=True, default=default, metavar="BOOL",
+                    help=help_text)
     if typing.get_origin(kind) is tuple:
         kind = _tuple_of(typing.get_args(kind)[0])
     name = getattr(kind, "__name__", "value").strip("_").upper()

@@ -46,14 +46,15 @@ def _rows(path: str) -> Iterator[tuple[int, dict]]:
     try:
         if path.endswith(".txt"):
             yield line, {"text": Path(path).read_text(encoding="utf-8")}
-        elif path.endswith(".parquet"):
+            return
+        if path.endswith(".parquet"):
             from pyarrow.parquet import ParquetFile
             batches = ParquetFile(path).iter_batches()
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-        else:
-            with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-                for line, text in enumerate(file, start=1):
-                    yield line, json.loads(text)
+            return
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            for line, text in enumerate(file, start=1):
+                yield line, json.loads(text)
     except ImportError:
         raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

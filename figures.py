@@ -1,9 +1,9 @@
-"""The README's figures and tables, from log.jsonl, from eval.py's json, and from the attention rule.
+"""The README's figures and tables, from log.jsonl, eval.py's json, and the attention rule.
 
     python figures.py --kind=mask --out=mask.png
     python figures.py --kind=curves --input=out/quiet/log.jsonl,out/plain/log.jsonl --out=curves.png
     python figures.py --kind=difficulty --input=out/quiet/eval.json --out=difficulty.png
-    python figures.py --kind=table --input=out/seed*/eval/*.json       # mean and spread by file name
+    python figures.py --kind=table --input=out/seed*/eval/*.json     # mean and spread by file name
 
 Needs matplotlib (pip install matplotlib), except for the table.
 
@@ -31,8 +31,8 @@ def canvas(columns: int, width: float = 4.2, height: float = 3.2):
         raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, columns, figsize=(width * columns, height), layout="constrained",
-                                   squeeze=False)
+    figure, axes = pyplot.subplots(1, columns, figsize=(width * columns, height),
+                                   layout="constrained", squeeze=False)
     for ax in axes[0]:
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes[0]
@@ -86,7 +86,8 @@ def curves(logs: tuple[str, ...], out: str):
     figure, (accuracy, nll, reward, weight) = canvas(4, 3.6)
     log = logs[0]
     accuracy.plot(*rows(log, "eval/accuracy/mixed"), color=MIXED, label="thinking")
-    accuracy.plot(*rows(log, "eval/accuracy/base"), color=BASE, label="the same model, not thinking")
+    accuracy.plot(*rows(log, "eval/accuracy/base"), color=BASE,
+                  label="the same model, not thinking")
     for other in logs[1:]:
         accuracy.plot(*rows(other, "eval/accuracy/base"), color=MUTED, linestyle="--",
                       label=Path(other).parent.name)
@@ -98,7 +99,8 @@ def curves(logs: tuple[str, ...], out: str):
     reward.axhline(0, color=MUTED, linewidth=0.8)
     reward.set(title="reward (nats per thought)")
     weight.plot(*smooth(*rows(log, "thought/mixing_weight")), color=MIXED, label="mixing weight")
-    weight.plot(*smooth(*rows(log, "thought/entropy")), color=BASE, label="entropy of thoughts (nats)")
+    weight.plot(*smooth(*rows(log, "thought/entropy")), color=BASE,
+                label="entropy of thoughts (nats)")
     weight.set(title="mixing weight and entropy")
     for ax in (accuracy, nll, weight):
         ax.legend(frameon=False, fontsize=8)
@@ -131,7 +133,7 @@ COLUMNS = ("right_base", "right_mixed", "nll_base", "nll_mixed", "working_is_rig
 
 
 def table(paths: tuple[str, ...]) -> str:
-    """Markdown: a line for each file name without its seed; mean of its runs (lowest to highest)."""
+    """Markdown: a line per file name without its seed; mean of its runs (lowest to highest)."""
     runs = defaultdict(list)
     for path in paths:
         runs[re.sub(r"^\d+-", "", Path(path).stem)].append(json.loads(Path(path).read_text()))

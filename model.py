@@ -1,9 +1,9 @@
 """Mistral: the language model that will learn to think. It knows nothing of thoughts.
 
-A decoder-only transformer with RMSNorm, rotary positions, grouped-query attention with an optional
-sliding window, and SwiGLU (arXiv 2310.06825). Llama and Qwen2 are the same rooms with other numbers.
+A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention with an optional
+sliding window, SwiGLU (arXiv 2310.06825). Llama and Qwen2 are the same rooms with other numbers.
 
-The one seam: a block computes queries, keys and values, and asks the *context* that it was given who
+The one seam: a block computes queries, keys and values, and asks the *context* it was given who
 attends to whom. Text brings `CausalContext`, with or without a cache; thoughts bring their own
 (`thoughts.py`). So a block never sees a mask, and a new attention pattern never touches this file.
 
@@ -39,10 +39,10 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_type: str = "default"        # default | linear | llama3
     rope_factor: float = 1.0          # linear, llama3: how much the context was stretched
-    rope_low_freq: float = 1.0        # llama3: turns in the old context below which all is stretched
+    rope_low_freq: float = 1.0        # llama3: turns in old context below which all is stretched
     rope_high_freq: float = 4.0       # llama3: turns above which nothing is
     rope_old_context: int = 8192      # llama3: tokens of context before stretching
-    windows: tuple[int, ...] = ()     # tokens seen, itself included, cycled over layers; 0 means all
+    windows: tuple[int, ...] = ()     # tokens seen, itself included, cycled over layers; 0 is all
     tied: bool = False                # the head is the embedding table
     qkv_bias: bool = False            # Qwen2
     max_seq_len: int = 32768          # tokens
@@ -52,11 +52,13 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of "
-                             f"n_kv_heads={self.n_kv_heads}: each key/value head serves as many queries")
+                             f"n_kv_heads={self.n_kv_heads}: "
+                             "each key/value head serves as many queries")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs")
         if self.rope_type not in ("default", "linear", "llama3"):
-            raise ValueError(f"rope_type '{self.rope_type}' is not supported (default, linear, llama3)")
+            raise ValueError(f"rope_type '{self.rope_type}' is not supported "
+                             "(default, linear, llama3)")
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of this layer sees, itself included; None means all of them."""
@@ -77,7 +79,8 @@ class KVCache:
     """
     def __init__(self, config: ModelConfig, batch: int, length: int, device=None, dtype=None):
         shape = (config.n_layers, batch, config.n_kv_heads, length, config.head_dim)
-        self.k_BKLE, self.v_BKLE = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.k_BKLE, self.v_BKLE = (torch.zeros(shape, device=device, dtype=dtype)
+                                    for _ in range(2))
         self.row_B1 = torch.arange(batch, device=device)[:, None]
 
     def write(self, layer: int, position_BS, k_BSKE, v_BSKE):
@@ -91,7 +94,7 @@ class CausalContext:
     """Every token of a text attends to itself and to what came before it, within the window.
 
     Without a cache the pass holds the whole text, positions 0 .. S-1. With one, each token is first
-    written at its own position, which may differ between rows (right-padded prompts, then decoding).
+    written at its own position, which may differ by row (right-padded prompts, then decoding).
     `length`: how many cache slots can matter by now; the caller knows, the rest is not touched.
     """
     def __init__(self, position_BS, cache: KVCache | None = None, length: int | None = None):
@@ -122,7 +125,7 @@ def rope(position_BS, config: ModelConfig):
     if config.rope_type == "llama3":
         turns = config.rope_old_context * turn / (2 * math.pi)
         low, high = config.rope_low_freq, config.rope_high_freq
-        keep = ((turns - low) / (high - low)).clamp(0, 1)                # 1 keeps the turn, 0 stretches it
+        keep = ((turns - low) / (high - low)).clamp(0, 1)                # 1 keeps, 0 stretches
         turn = keep * turn + (1 - keep) * turn / config.rope_factor
     angle = position_BS[:, :, None, None].float() * turn
     return angle.cos(), angle.sin()
@@ -190,7 +193,7 @@ class Mistral(nn.Module):
         self.recompute = False        # activation checkpointing: keep only each block's input
 
     def init_weights(self, generator: torch.Generator):
-        """GPT-2's initialisation: N(0, 0.02), what writes to the residual stream scaled by depth."""
+        """As in GPT-2: N(0, 0.02), what writes to the residual stream scaled by depth."""
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
@@ -287,5 +290,6 @@ class NextToken(nn.Module):
         scored_BL = valid_BL[:, 1:]
         target_R = ids_BL[:, 1:][scored_BL]
         weight_R = (1 / terms[0].clamp(min=1)).float().expand_as(target_R)
-        loss, _ = weighted_nll(hidden_BLD[:, :-1][scored_BL], self.model.head.weight, target_R, weight_R)
+        loss, _ = weighted_nll(hidden_BLD[:, :-1][scored_BL], self.model.head.weight,
+                               target_R, weight_R)
         return NextTokenOutcome(loss)

@@ -54,7 +54,7 @@ def leave():
 
 
 def spread(objective, place: Place):
-    """The objective as it is to be called: gradients meet when the last micro-batch goes backward."""
+    """The objective to call: gradients meet when the last micro-batch goes backward."""
     if place.world == 1:
         return objective
     return DistributedDataParallel(objective, device_ids=None if place.device.type == "cpu" else

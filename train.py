@@ -181,11 +181,18 @@ def other_checkpoint(folder: Path) -> str:
 
 
 def configure() -> tuple[TrainConfig, ModelConfig, ThoughtConfig, dict | None]:
-    """The command line; resuming, what it leaves out comes from the run's own settings."""
+    """The command line; what it leaves out comes from the checkpoint it begins with, if any."""
     kinds = (TrainConfig, ModelConfig, ThoughtConfig)
     first, *_ = config.parse(*kinds, defaults={"out": "-", "data": "-"})
-    if first.init_from != "resume":
+    if first.init_from == "scratch":
         return *config.parse(*kinds), None
+    if first.init_from != "resume":
+        shape, settings = weights.read_config(weights.find_checkpoint(first.init_from))
+        fixed = [name for name in asdict(shape) if f"--{name}" in config.given()]
+        if fixed:
+            raise ValueError(f"--{fixed[0]} is the checkpoint's to say: {first.init_from} has "
+                             f"{asdict(shape)[fixed[0]]}; leave it out")
+        return *config.parse(*kinds, defaults=asdict(settings) if settings else None), None
     if not Path(first.out, "latest").is_file():
         raise FileNotFoundError(f"nothing to resume in --out={first.out}: it has no file 'latest'")
     folder = weights.find_checkpoint(first.out)
@@ -298,7 +305,8 @@ def main():
             log.row(step, cfg.steps, {f"eval/{name}": scores[name] for name in scores}, always=True)
 
         # save (rank 0)
-        stopping = signals or step >= cfg.steps
+        asked = parallel.total(torch.tensor(len(signals), device=place.device))    # of any rank
+        stopping = asked > 0 or step >= cfg.steps
         if place.writes and step > saved_at and (stopping or (step and step % cfg.save_every == 0)):
             save_checkpoint(out, step, objective, optimizer, settings, tokenizer)
             saved_at = step
@@ -343,8 +351,8 @@ def main():
     parallel.leave()
     if place.writes:
         folder = weights.find_checkpoint(cfg.out)
-        print(f"stopped by signal {signals[0]} at step {step}: saved {folder}, go on with "
-              f"--init_from=resume" if signals else f"done: {folder}", flush=True)
+        print(f"stopped by a signal at step {step}: saved {folder}, go on with --init_from=resume"
+              if asked > 0 else f"done: {folder}", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def assert_same_pass(quiet, ids_BL, position_BP, every):
     ours, oracle = gradients(quiet, ours), gradients(quiet, oracle)
     assert ours.keys() == oracle.keys()
     for name in ours:
-        size = max(1.0, float(oracle[name].norm()))        # a window of 1 leaves q no gradient at all
+        size = max(1.0, float(oracle[name].norm()))      # a window of 1 leaves q no gradient at all
         assert (ours[name] - oracle[name]).norm() <= 1e-4 * size, name
 
 
@@ -67,7 +67,8 @@ def test_rows_of_folded_attention_equal_the_reference_when_only_the_last_tokens_
 def test_gradients_of_folded_attention_equal_finite_differences():
     generator = torch.Generator().manual_seed(0)
     B, N, P, M, H, K, E, L = 1, 2, 3, 2, 2, 1, 2, 4
-    shapes = [(B, N, P, M, H, E), (B, N, P, M, K, E), (B, N, P, M, K, E), (B, L, K, E), (B, L, K, E)]
+    shapes = [(B, N, P, M, H, E), (B, N, P, M, K, E), (B, N, P, M, K, E),
+              (B, L, K, E), (B, L, K, E)]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
               for shape in shapes]
     assert torch.autograd.gradcheck(FoldedAttention.apply, inputs)
@@ -87,7 +88,7 @@ def test_the_rule_by_its_words():
 
 
 def test_no_tensor_grows_with_the_square_of_text_and_thoughts():
-    """The largest tensor of a pass grows linearly in the number of thoughts, where a mask is quadratic."""
+    """The largest tensor of a pass grows linearly with the thoughts, where a mask is quadratic."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):

@@ -27,12 +27,14 @@ def test_thinking_at_scored_positions_only_equals_thinking_everywhere_there():
     for hidden_BLD, nll, right in ((base_BPD, scores.nll_base, scores.right_base),
                                    (mixed_BNPD[:, 0], scores.nll_mixed, scores.right_mixed)):
         logp_BLV = quiet.model.head(hidden_BLD).log_softmax(-1)
-        expected = [-logp_BLV[b, j, ids_BL[b, j + 1]].item() for b, j in where_BL.nonzero().tolist()]
+        expected = [-logp_BLV[b, j, ids_BL[b, j + 1]].item()
+                    for b, j in where_BL.nonzero().tolist()]
         np.testing.assert_allclose(nll, expected, rtol=1e-4, atol=1e-5)
         best = [logp_BLV[b, j].argmax() == ids_BL[b, j + 1] for b, j in where_BL.nonzero().tolist()]
         assert right.tolist() == best
     assert scores.text.tolist() == where_BL.nonzero()[:, 0].tolist()
-    np.testing.assert_allclose(scores.mixing_weight, weight_BNP[:, 0][where_BL].detach(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores.mixing_weight, weight_BNP[:, 0][where_BL].detach(),
+                               rtol=1e-4, atol=1e-5)
     assert scores.thought.tolist() == thought_BNPT[:, 0][where_BL].tolist()
 
 
@@ -44,7 +46,8 @@ def test_positions_are_packed_in_order_and_shorter_rows_repeat_a_real_one():
 
 def test_swapped_thoughts_are_the_same_thoughts_at_other_positions():
     quiet, ids_BL, where_BL = tiny_quiet(n_thoughts=1), texts(3, 8), some_positions()
-    own, swapped = (evaluation.score(quiet, ids_BL, where_BL, thoughts=t) for t in ("own", "swapped"))
+    own, swapped = (evaluation.score(quiet, ids_BL, where_BL, thoughts=t)
+                    for t in ("own", "swapped"))
     assert sorted(own.thought.tolist()) == sorted(swapped.thought.tolist())
     assert (own.thought != swapped.thought).any(-1).sum() >= 4
     np.testing.assert_allclose(own.nll_base, swapped.nll_base, rtol=1e-5)
@@ -70,7 +73,8 @@ def test_a_choice_is_the_best_of_the_choices_and_its_nll_is_among_all_tokens():
 def test_batches_of_texts_change_nothing(game):
     tokenizer, held_out = tokenizers.load(game), TokenFile(game / "aloud", "val")
     quiet = tiny_quiet(model=dict(vocab_size=tokenizer.vocab_size))
-    a, b = (evaluation.score_texts(quiet, held_out, tokenizer, 30, 40, batch=batch) for batch in (1, 64))
+    a, b = (evaluation.score_texts(quiet, held_out, tokenizer, 30, 40, batch=batch)
+            for batch in (1, 64))
     assert a.text.tolist() == b.text.tolist()
     np.testing.assert_allclose(a.nll_mixed, b.nll_mixed, rtol=1e-4)
 
@@ -104,7 +108,8 @@ def test_intervals_resample_texts_and_hold_the_mean():
 
 def test_bins_of_difficulty_run_from_easy_to_hard_and_hold_every_token():
     nll, zeros = np.random.default_rng(0).exponential(size=95), np.zeros(95)
-    rows = evaluation.by_difficulty(evaluation.Scores(np.arange(95), nll, nll / 2, zeros, zeros, zeros, zeros))
+    scores = evaluation.Scores(np.arange(95), nll, nll / 2, zeros, zeros, zeros, zeros)
+    rows = evaluation.by_difficulty(scores)
     assert sum(row["tokens"] for row in rows) == 95 and len(rows) == 10
     assert all(a["nll_base"] < b["nll_base"] for a, b in zip(rows, rows[1:]))
     for row in rows:
@@ -122,8 +127,9 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(call, game, tmp_
 
 
 def test_a_mistake_is_one_line(call, game, tmp_path):
-    for argv, words in (([f"--checkpoint={tmp_path}", f"--data={game}/silent"], "holds no whole checkpoint"),
-                        (["--data=x"], "--checkpoint=FOLDER and --data=FOLDER are needed"),
-                        ([f"--checkpoint={tmp_path}", "--data=x", "--thoughts=mine"], "--thoughts=mine")):
+    for argv, words in (
+            ([f"--checkpoint={tmp_path}", f"--data={game}/silent"], "holds no whole checkpoint"),
+            (["--data=x"], "--checkpoint=FOLDER and --data=FOLDER are needed"),
+            ([f"--checkpoint={tmp_path}", "--data=x", "--thoughts=mine"], "--thoughts=mine")):
         status, _, stderr = call(evaluation, *argv)
         assert status == 2 and words in stderr and stderr.count("\n") == 1

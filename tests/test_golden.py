@@ -1,8 +1,8 @@
 """The released implementation's own numbers, through the public forward, with its thoughts forced.
 
-Each folder holds a tiny random checkpoint in the released layout, and what the released code made of
-it: losses, rewards, log-probabilities and the gradient of every parameter, in fp32. They were made by
-running that code. GOLDEN_DIR=folder runs another folder of such cases.
+Each folder holds a tiny random checkpoint in the released layout, and what the released code made
+of it: losses, rewards, log-probabilities and the gradient of every parameter, in fp32. They were
+made by running that code. GOLDEN_DIR=folder runs another folder of such cases.
 """
 import json
 import os
@@ -85,7 +85,8 @@ def test_evaluation_equals_the_released_one(case):
     """Where there is text; at padding, the released code attends to other nonsense than ours."""
     quiet, arrays, ids_BL, valid_BL = read(case)
     quiet.config = replace(quiet.config, n_thoughts=1, n_true=1)
-    _, mixed_BNPD, _, _ = quiet.predict(ids_BL, thought_BNPT=arrays["eval_thoughts"].long()[:, None])
+    thought_BNPT = arrays["eval_thoughts"].long()[:, None]
+    _, mixed_BNPD, _, _ = quiet.predict(ids_BL, thought_BNPT=thought_BNPT)
     logits_BLV = quiet.model.head(mixed_BNPD[:, 0]).detach()
     close(logits_BLV[valid_BL], arrays["eval_logits"][valid_BL])
 
@@ -95,5 +96,6 @@ def test_saved_and_loaded_again_it_is_bit_identical(case, tmp_path):
     weights.save(quiet, tmp_path)
     again = weights.load(tmp_path)
     assert again.config.marker_ids == quiet.config.marker_ids
-    for (name, a), (_, b) in zip(quiet.state_dict().items(), again.state_dict().items(), strict=True):
+    saved, loaded = quiet.state_dict(), again.state_dict()
+    for (name, a), (_, b) in zip(saved.items(), loaded.items(), strict=True):
         assert torch.equal(a, b), name

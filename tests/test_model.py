@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from model import CausalContext, KVCache, ModelConfig, NextToken, WeightedNLL, may_see, rope, weighted_nll
+from model import (CausalContext, KVCache, ModelConfig, NextToken, WeightedNLL, may_see, rope,
+                   weighted_nll)
 from toys import DenseContext, texts, tiny_mistral
 
 
@@ -17,7 +18,8 @@ def test_attention_equals_a_dense_mask(windows, n_kv_heads):
 
     def mask_of_window(window):
         i = torch.arange(9)
-        return torch.tensor([[0 <= q - k and (window is None or q - k < window) for k in i] for q in i])
+        return torch.tensor([[0 <= q - k and (window is None or q - k < window) for k in i]
+                             for q in i])
     oracle = model(ids_BL, DenseContext(positions(ids_BL), mask_of_window))
     ours = model(ids_BL, CausalContext(positions(ids_BL)))
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
@@ -40,7 +42,8 @@ def test_cached_decoding_equals_prefill_for_right_padded_rows(windows):
         torch.testing.assert_close(prefill_BLD[b, :n], whole_BLD[b, :n], rtol=1e-5, atol=1e-5)
     for t in range(5):                                # every row goes on from its own length
         position_B1 = (length_B + t)[:, None]
-        state_B1D = model(ids_BL.gather(1, position_B1), CausalContext(position_B1, cache, 7 + t + 1))
+        context = CausalContext(position_B1, cache, 7 + t + 1)
+        state_B1D = model(ids_BL.gather(1, position_B1), context)
         expected = whole_BLD[torch.arange(3)[:, None], position_B1]
         torch.testing.assert_close(state_B1D, expected, rtol=1e-5, atol=1e-5)
 
@@ -64,7 +67,8 @@ def test_attention_depends_on_distances_alone():
 
 def test_rope_turns_the_slowest_pair_least():
     cos, _ = rope(torch.tensor([[1]]), ModelConfig(head_dim=8))
-    torch.testing.assert_close(cos[0, 0, 0], torch.cos(10000.0 ** -torch.tensor([0, 0.25, 0.5, 0.75])))
+    turn = 10000.0 ** -torch.tensor([0, 0.25, 0.5, 0.75])
+    torch.testing.assert_close(cos[0, 0, 0], torch.cos(turn))
 
 
 @pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 2500])

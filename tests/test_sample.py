@@ -58,7 +58,7 @@ def test_a_token_costs_one_pass_more_than_its_thought_has_tokens(thought_len):
 def test_markers_are_never_emitted_nor_thought():
     quiet = tiny_quiet(marker_ids=(21, 22))
     with torch.no_grad():
-        quiet.model.head.weight[21:] *= 100                              # the likeliest, if they could
+        quiet.model.head.weight[21:] *= 100                         # the likeliest, if they could
     stream = Generator(quiet, texts(4, 5), torch.full((4,), 5), max_new=8, temperature=1.0)
     for _ in range(8):
         emitted = stream.step()
@@ -66,7 +66,8 @@ def test_markers_are_never_emitted_nor_thought():
 
 
 def test_showing_thoughts_changes_no_token(call, checkpoint):
-    argv = (f"--checkpoint={checkpoint}", f"--prompt={PROMPT}", "--max_new=6", "--temperature=1", "--seed=3")
+    argv = (f"--checkpoint={checkpoint}", f"--prompt={PROMPT}", "--max_new=6", "--temperature=1",
+            "--seed=3")
     plain = call(sample, *argv)[1]
     shown = call(sample, *argv, "--show-thoughts")[1]
     assert plain == call(sample, *argv)[1]                               # the seed decides

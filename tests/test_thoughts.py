@@ -29,7 +29,8 @@ def serial(quiet, text, uniform_T=None, thought=None):
         if thought is None:
             state = plain_pass(quiet, torch.stack(said))[-1:]
             uniform_R = None if uniform_T is None else uniform_T[t:t + 1]
-            tokens.append(int(choose_tokens(state, quiet.model.head.weight, uniform_R, c.marker_ids)[0]))
+            token_R, _ = choose_tokens(state, quiet.model.head.weight, uniform_R, c.marker_ids)
+            tokens.append(int(token_R[0]))
         said.append(embed(torch.tensor(tokens[t])))
     return tokens, [*said, quiet.end_thought]
 
@@ -70,9 +71,9 @@ def test_training_evaluation_and_generation_insert_the_same_tokens_at_the_same_p
     """Their states after one and the same thought agree: packed, cached, and generated."""
     quiet, ids_BL = tiny_quiet(n_thoughts=1), texts(3, 8)
     base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = quiet.predict(ids_BL)
-    base_BLD, hanging_BNPMD = quiet.grade(ids_BL, every_position(ids_BL, last=True), thought_BNPT, True)
-    mixed_BNPAD, weight_BNPA = quiet.mixed(base_BLD, hanging_BNPMD[..., 4:5, :],
-                                           every_position(ids_BL, last=True))
+    position_BP = every_position(ids_BL, last=True)
+    base_BLD, hanging_BNPMD = quiet.grade(ids_BL, position_BP, thought_BNPT, True)
+    mixed_BNPAD, weight_BNPA = quiet.mixed(base_BLD, hanging_BNPMD[..., 4:5, :], position_BP)
     torch.testing.assert_close(mixed_BNPAD[..., 0, :], mixed_BNPD, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weight_BNPA[..., 0], weight_BNP, rtol=1e-5, atol=1e-5)
 
@@ -80,7 +81,8 @@ def test_training_evaluation_and_generation_insert_the_same_tokens_at_the_same_p
     emitted = Generator(quiet, ids_BL, length_B, max_new=2, temperature=0).step()
     for b, j in enumerate((length_B - 1).tolist()):
         assert emitted.thought_BT[b].tolist() == thought_BNPT[b, 0, j].tolist()
-        torch.testing.assert_close(emitted.mixing_weight_B[b], weight_BNP[b, 0, j], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(emitted.mixing_weight_B[b], weight_BNP[b, 0, j],
+                                   rtol=1e-5, atol=1e-5)
         logp_V = quiet.model.head(mixed_BNPD[b, 0, j]).log_softmax(-1)
         assert int(emitted.token_B[b]) == int(logp_V.argmax())
         gain = logp_V.max() - quiet.model.head(base_BPD[b, j]).log_softmax(-1)[emitted.token_B[b]]
@@ -94,7 +96,8 @@ def test_generation_with_a_cache_equals_thinking_anew_after_every_token():
         _, mixed_BNPD, _, thought_BNPT = quiet.predict(text)
         emitted = stream.step()
         assert emitted.thought_BT.tolist() == thought_BNPT[:, 0, -1].tolist()
-        assert emitted.token_B.tolist() == quiet.model.head(mixed_BNPD[:, 0, -1]).argmax(-1).tolist()
+        best_B = quiet.model.head(mixed_BNPD[:, 0, -1]).argmax(-1)
+        assert emitted.token_B.tolist() == best_B.tolist()
         text = torch.cat((text, emitted.token_B[:, None]), dim=1)
 
 
@@ -130,8 +133,9 @@ def test_thoughts_see_the_text():
     changed_BL = ids_BL.clone()
     changed_BL[0, 0] = (changed_BL[0, 0] + 1) % 23
     thought_BNPT = torch.zeros(1, 2, 6, 3, dtype=torch.long)
-    before, after = (quiet.grade(x, every_position(x), thought_BNPT, True)[1] for x in (ids_BL, changed_BL))
-    assert (before - after).abs().amax(-1).min() > 1e-6       # every hanging token of every position
+    before, after = (quiet.grade(x, every_position(x), thought_BNPT, True)[1]
+                     for x in (ids_BL, changed_BL))
+    assert (before - after).abs().amax(-1).min() > 1e-6     # every hanging token of every position
 
 
 def test_thoughts_do_not_see_each_other_nor_the_future():
@@ -181,7 +185,7 @@ def test_markers_are_never_sampled():
 def test_uniform_numbers_choose_tokens_with_the_models_probabilities():
     generator = torch.Generator().manual_seed(0)
     hidden_D, head_VD = torch.randn(4, generator=generator), torch.randn(7, 4, generator=generator)
-    uniform_R = (torch.arange(20000) + 0.5) / 20000                # a grid: frequencies become exact
+    uniform_R = (torch.arange(20000) + 0.5) / 20000              # a grid: frequencies become exact
     token_R, surprise_R = choose_tokens(hidden_D.expand(20000, 4), head_VD, uniform_R)
     p_V = (head_VD @ hidden_D).softmax(-1)
     frequency_V = torch.bincount(token_R, minlength=7) / 20000
@@ -224,18 +228,21 @@ def gradient(quiet, *args, **kwargs):
 
 
 def test_the_policy_gradient_equals_exact_enumeration():
-    """All pairs of one-token thoughts over a vocabulary of 4, each with its probability; the sampled
-    ones are reached through the sampler, by the uniform number in the middle of each token's stretch."""
-    V, quiet = 4, tiny_quiet(model=dict(vocab_size=4), thought_len=1, n_true=1, policy_temperature=1.0)
+    """All pairs of one-token thoughts over a vocabulary of 4, each with its probability; the
+    sampler reaches a token by the uniform number in the middle of its stretch."""
+    V = 4
+    quiet = tiny_quiet(model=dict(vocab_size=V), thought_len=1, n_true=1, policy_temperature=1.0)
     ids_BL = texts(1, 3, vocab_size=V)                       # REINFORCE looks at position 0 alone
     valid_BL = torch.ones_like(ids_BL).bool()
-    state = plain_pass(quiet, torch.stack([*quiet.model.embed(ids_BL[0, :1]), quiet.start_thought]))[-1]
+    said_SD = torch.stack([*quiet.model.embed(ids_BL[0, :1]), quiet.start_thought])
+    state = plain_pass(quiet, said_SD)[-1]
     logp_V = quiet.model.head(state).log_softmax(-1)
     p_V = logp_V.exp().detach()
 
     def reward(token):
         _, said = serial(quiet, ids_BL[0, :1], thought=torch.tensor([token]))
-        after, base = plain_pass(quiet, torch.stack(said))[-1], plain_pass(quiet, torch.stack(said[:1]))[-1]
+        after = plain_pass(quiet, torch.stack(said))[-1]
+        base = plain_pass(quiet, torch.stack(said[:1]))[-1]
         mixed = mix(base, after, quiet.mixing_head(torch.cat((base, after))))
         logits = [quiet.model.head(x).log_softmax(-1)[ids_BL[0, 1]] for x in (mixed, base)]
         return (logits[0] - logits[1]).item()
@@ -253,7 +260,7 @@ def test_the_policy_gradient_equals_exact_enumeration():
     middle_V, sums = p_V.cumsum(0) - p_V / 2, {}
     for y in range(V):
         for z in range(V):
-            uniform_BNPT = torch.stack((middle_V[y], middle_V[z])).view(1, 2, 1, 1).expand(1, 2, 2, 1)
+            uniform_BNPT = middle_V[[y, z]].view(1, 2, 1, 1).expand(1, 2, 2, 1)
             grads = []
             for policy_weight in (1.0, 0.0):
                 quiet.config = replace(quiet.config, policy_weight=policy_weight)
@@ -262,7 +269,8 @@ def test_the_policy_gradient_equals_exact_enumeration():
                 part = p_V[y] * p_V[z] * (grads[0][name] - grads[1][name])
                 sums[name] = sums.get(name, 0) + part
     for name, total in sums.items():
-        torch.testing.assert_close(total, expected.get(name, torch.zeros_like(total)), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(total, expected.get(name, torch.zeros_like(total)),
+                                   rtol=1e-3, atol=1e-6)
 
 
 def test_micro_batches_with_unequal_padding_equal_one_batch():
@@ -279,14 +287,16 @@ def test_micro_batches_with_unequal_padding_equal_one_batch():
         loss += out.metrics()["nll/mixed"]
     for name, p in quiet.named_parameters():
         torch.testing.assert_close(p.grad, whole[name], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(loss, quiet(ids_BL, valid_BL, uniform_BNPT=uniform_BNPT).metrics()["nll/mixed"])
+    expected = quiet(ids_BL, valid_BL, uniform_BNPT=uniform_BNPT).metrics()["nll/mixed"]
+    torch.testing.assert_close(loss, expected)
 
 
 def test_padding_changes_nothing():
-    """A text alone, and the same text in a wider batch, where the policy's denominator counts padding."""
+    """A text alone, and again in a wider batch, where the policy's denominator counts padding."""
     quiet, ids_BL = tiny_quiet(policy_weight=0.0), texts(1, 6)
     uniform_BNPT = uniforms(1, 2, 8, 3)
-    alone = gradient(quiet, ids_BL, torch.ones_like(ids_BL).bool(), uniform_BNPT=uniform_BNPT[:, :, :5])
+    alone = gradient(quiet, ids_BL, torch.ones_like(ids_BL).bool(),
+                     uniform_BNPT=uniform_BNPT[:, :, :5])
     padded_BL = torch.cat((ids_BL, texts(1, 3, seed=8)), dim=1)
     wide = gradient(quiet, padded_BL, (torch.arange(9) < 6)[None], uniform_BNPT=uniform_BNPT)
     for name in alone:
@@ -320,7 +330,8 @@ def test_thinking_at_a_random_share_of_the_positions_estimates_the_same_gradient
 def test_log_probabilities_that_the_loss_does_not_need_are_not_computed():
     quiet, ids_BL = tiny_quiet(), texts(2, 9)
     out = quiet(ids_BL, torch.ones_like(ids_BL).bool(), uniform_BNPT=uniforms(2, 2, 8, 3))
-    assert torch.equal(out.logp_BNPT.isnan(), (out.advantage_BNP <= 0)[..., None].expand_as(out.logp_BNPT))
+    unneeded_BNP1 = (out.advantage_BNP <= 0)[..., None]
+    assert torch.equal(out.logp_BNPT.isnan(), unneeded_BNP1.expand_as(out.logp_BNPT))
 
 
 def test_filler_tokens_are_the_start_marker_and_teach_no_policy():

@@ -15,14 +15,17 @@ import shell_game
 import train
 import weights
 
-TOY = ("--dim=16", "--n_layers=1", "--n_heads=2", "--n_kv_heads=1", "--ffn_dim=32", "--max_seq_len=128",
-       "--thought_len=2", "--n_thoughts=2", "--n_true=2", "--policy_weight=1", "--policy_temperature=1",
-       "--marker_lr=1", "--batch=4", "--length=12", "--lr=1e-2", "--warmup=2", "--eval_texts=8")
+MODEL = ("--dim=16", "--n_layers=1", "--n_heads=2", "--n_kv_heads=1", "--ffn_dim=32",
+         "--max_seq_len=128")
+TOY = ("--thought_len=2", "--n_thoughts=2", "--n_true=2", "--policy_weight=1",
+       "--policy_temperature=1", "--marker_lr=1", "--batch=4", "--length=12", "--lr=1e-2",
+       "--warmup=2", "--eval_texts=8", "--steps=6", "--save_every=3", "--eval_every=3")
 
 
 def toy(game, out, *changes):
-    return (*TOY, f"--data={game}/silent", f"--out={out}", "--steps=6", "--save_every=3",
-            "--eval_every=3", *changes)
+    """The options of a small run, from scratch unless `changes` say otherwise."""
+    model = () if any("--init_from=/" in str(change) for change in changes) else MODEL
+    return (*model, *TOY, f"--data={game}/silent", f"--out={out}", *changes)
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
@@ -46,7 +49,8 @@ def rows(run: Path) -> list[dict]:
 def whole_run(game, tmp_path_factory):
     """An uninterrupted run that every other way of running must equal."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    done = subprocess.run([sys.executable, "train.py", *toy(game, out)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "train.py", *toy(game, out)],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -78,9 +82,10 @@ def test_accumulation_equals_one_large_batch(call, game, whole_run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_torchrun_equals_one_process(game, whole_run, tmp_path, ranks):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
-                           "--standalone", "train.py", *toy(game, tmp_path / "run")],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
+                           str(ranks), "--standalone", "train.py", *toy(game, tmp_path / "run")],
+                          capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     left, right = tensors(tmp_path / "run"), tensors(whole_run)
     for name in left:
@@ -102,8 +107,9 @@ def test_plain_training_then_thoughts_then_plain_again(call, game, tmp_path):
     assert set(rows(base)[1]) == {"step", "loss", "nll/base", "grad_norm", "lr"}
     assert call(train, *toy(game, quiet, f"--init_from={base}", "--steps=1"))[0] == 0
     first = rows(quiet)[1]
-    assert first["nll/base"] == pytest.approx(first["nll/mixed"], abs=0.1)     # the mixing head is shut
-    assert call(train, *toy(game, tmp_path / "more", f"--init_from={quiet}", "--objective=plain"))[0] == 0
+    assert first["nll/base"] == pytest.approx(first["nll/mixed"], abs=0.1)   # mixing head is shut
+    more = toy(game, tmp_path / "more", f"--init_from={quiet}", "--objective=plain")
+    assert call(train, *more)[0] == 0
     assert "start_thought" not in tensors(tmp_path / "more")
 
 
@@ -111,7 +117,8 @@ def test_the_optimizer_has_four_groups_with_their_own_rates(game):
     from toys import tiny_quiet
     cfg = train.TrainConfig(out="x", data="x", marker_lr=100, mixing_lr=5, weight_decay=0.1)
     optimizer = train.build_optimizer(tiny_quiet(), cfg)
-    found = {g["name"]: (len(g["params"]), g["scale"], g["weight_decay"]) for g in optimizer.param_groups}
+    found = {g["name"]: (len(g["params"]), g["scale"], g["weight_decay"])
+             for g in optimizer.param_groups}
     assert found == {"decay": (2 * 7 + 2, 1, 0.1), "no_decay": (2 * 2 + 1, 1, 0),
                      "markers": (2, 100, 0), "mixing_head": (5, 5, 0.1)}
 
@@ -119,11 +126,13 @@ def test_the_optimizer_has_four_groups_with_their_own_rates(game):
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     cfg = train.TrainConfig(out="x", data="x", lr=1.0, lr_end=0.1, warmup=10, steps=110)
     assert train.lr_at(0, cfg) == pytest.approx(0.1) and train.lr_at(9, cfg) == pytest.approx(1.0)
-    assert train.lr_at(60, cfg) == pytest.approx(0.55) and train.lr_at(110, cfg) == pytest.approx(0.1)
+    assert train.lr_at(60, cfg) == pytest.approx(0.55)
+    assert train.lr_at(110, cfg) == pytest.approx(0.1)
 
 
 def test_thoughts_depend_on_seed_step_and_row_alone():
-    cfg, thought = train.TrainConfig(out="x", data="x", length=5), train.ThoughtConfig(thought_len=2)
+    cfg = train.TrainConfig(out="x", data="x", length=5)
+    thought = train.ThoughtConfig(thought_len=2)
     def draws(step, rows):
         return train.thought_draws(cfg, thought, step, rows)["uniform_BNPT"]
     whole = draws(7, range(4))
@@ -133,7 +142,8 @@ def test_thoughts_depend_on_seed_step_and_row_alone():
 
 def test_a_share_of_the_positions_thinks_chosen_anew_at_every_step(call, game, tmp_path):
     cfg = train.TrainConfig(out="x", data="x", length=11, think_share=0.25)
-    position_BP = train.thought_draws(cfg, train.ThoughtConfig(thought_len=2), 7, range(50))["position_BP"]
+    draws = train.thought_draws(cfg, train.ThoughtConfig(thought_len=2), 7, range(50))
+    position_BP = draws["position_BP"]
     assert position_BP.shape == (50, 3) and (position_BP.diff(dim=1) > 0).all()
     assert set(position_BP.flatten().tolist()) == set(range(10))
     assert call(train, *toy(game, tmp_path / "run", "--think_share=0.5"))[0] == 0
@@ -187,7 +197,8 @@ def test_killed_at_random_moments_and_resumed_it_ends_in_the_same_weights(call, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_says_where_and_exits_cleanly(call, game, whole_run, tmp_path, monkeypatch, number):
+def test_a_signal_saves_says_where_and_exits_cleanly(
+        call, game, whole_run, tmp_path, monkeypatch, number):
     out, crop = tmp_path / "run", train.data.Crops.batch
 
     def interrupted(self, step, r):
@@ -206,7 +217,8 @@ def test_a_signal_saves_says_where_and_exits_cleanly(call, game, whole_run, tmp_
 
 @pytest.mark.parametrize("name", ["state.pt", "model.safetensors"])
 @pytest.mark.parametrize("damage", ["truncated", "garbage"])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(call, whole_run, tmp_path, name, damage):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(
+        call, whole_run, tmp_path, name, damage):
     run = tmp_path / "run"
     shutil.copytree(whole_run, run)
     file = run / "step-000006" / name
@@ -215,7 +227,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(call, whole_ru
     status, _, stderr = call(train, "--init_from=resume", f"--out={run}", "--steps=9")
     assert status == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1
     assert str(file) in stderr and str(run / "step-000003") in stderr
-    shutil.rmtree(run / "step-000006")                                    # what the message says to do
+    shutil.rmtree(run / "step-000006")                              # what the message says to do
     assert call(train, "--init_from=resume", f"--out={run}")[0] == 0
     assert_same_weights(run, whole_run)
 
@@ -258,7 +270,8 @@ def test_a_run_is_never_overwritten(call, game, whole_run):
 
 def test_only_the_last_two_checkpoints_are_kept(call, game, tmp_path):
     assert call(train, *toy(game, tmp_path / "run", "--save_every=2"))[0] == 0
-    assert sorted(p.name for p in (tmp_path / "run").glob("step-*")) == ["step-000004", "step-000006"]
+    kept = sorted(p.name for p in (tmp_path / "run").glob("step-*"))
+    assert kept == ["step-000004", "step-000006"]
     assert (tmp_path / "run" / "latest").read_text() == "step-000006"
 
 
@@ -282,9 +295,21 @@ def test_a_mistake_is_one_line_and_status_2(call, game, tmp_path, changes, words
     assert words in stderr
 
 
+def test_a_checkpoint_brings_its_thoughts_settings_and_its_architecture(
+        call, game, whole_run, tmp_path):
+    argv = (f"--init_from={whole_run}", f"--data={game}/silent", "--batch=2", "--length=12",
+            "--steps=1")
+    assert call(train, *argv, f"--out={tmp_path}/a", "--n_true=1")[0] == 0
+    thinking = weights.load(weights.find_checkpoint(str(tmp_path / "a"))).config
+    assert (thinking.thought_len, thinking.policy_temperature, thinking.n_true) == (2, 1, 1)
+    status, _, stderr = call(train, *argv, f"--out={tmp_path}/b", "--n_layers=3")
+    assert status == 2 and "--n_layers is the checkpoint's to say" in stderr
+
+
 def test_resuming_with_another_architecture_is_refused(call, whole_run):
     status, _, stderr = call(train, "--init_from=resume", f"--out={whole_run}", "--n_layers=2")
-    assert status == 2 and "cannot resume: n_layers is 1" in stderr and "2 on the command line" in stderr
+    assert status == 2
+    assert "cannot resume: n_layers is 1" in stderr and "2 on the command line" in stderr
 
 
 def test_an_empty_corpus_and_a_token_outside_the_vocabulary_are_one_line(call, game, tmp_path):

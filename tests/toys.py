@@ -21,7 +21,8 @@ def tiny_mistral(seed: int = 0, **changes) -> Mistral:
 
 def tiny_quiet(seed: int = 0, model: dict | None = None, **thought) -> QuietSTaR:
     """A QuietSTaR whose mixing head is no longer fresh."""
-    settings = dict(thought_len=3, n_thoughts=2, n_true=2, policy_weight=1.0, policy_temperature=1.5)
+    settings = dict(thought_len=3, n_thoughts=2, n_true=2, policy_weight=1.0,
+                    policy_temperature=1.5)
     generator = torch.Generator().manual_seed(seed + 1)
     quiet = QuietSTaR(tiny_mistral(seed, **(model or {})), ThoughtConfig(**{**settings, **thought}))
     quiet.init_thoughts(torch.randn(quiet.model.config.dim, generator=generator), generator)
@@ -55,7 +56,8 @@ class DenseContext:
 
 def dense_grade(quiet: QuietSTaR, ids_BL, position_BP, thought_BNPT):
     """`QuietSTaR.grade` under the whole [text + thoughts]^2 mask of the one rule."""
-    hanging_BNPMD = quiet.embed_hanging(thought_BNPT, ahead(ids_BL, position_BP, quiet.config.n_true - 1))
+    hanging_BNPMD = quiet.embed_hanging(thought_BNPT,
+                                        ahead(ids_BL, position_BP, quiet.config.n_true - 1))
     (B, L), (_, N, P, M, _) = ids_BL.shape, hanging_BNPMD.shape
     text = torch.arange(L).expand(B, L)
     position = torch.cat((text, position_BP[:, None, :, None].expand(B, N, P, M).flatten(1)), dim=1)
@@ -74,5 +76,7 @@ def dense_grade(quiet: QuietSTaR, ids_BL, position_BP, thought_BNPT):
 def ahead(ids_BL, position_BP, n: int):
     """The n true tokens after each position, one index at a time; past the end, the last token."""
     L = ids_BL.shape[1]
-    return torch.stack([ids_BL.gather(1, (position_BP + k).clamp(max=L - 1)) for k in range(1, n + 1)],
-                       dim=-1) if n else ids_BL.new_zeros(*position_BP.shape, 0)
+    if n == 0:
+        return ids_BL.new_zeros(*position_BP.shape, 0)
+    return torch.stack([ids_BL.gather(1, (position_BP + k).clamp(max=L - 1))
+                        for k in range(1, n + 1)], dim=-1)
