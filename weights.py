@@ -97,8 +97,8 @@ def load_objective(folder: str, device: str, tokenizer) -> QuietSTaR | NextToken
 def check_tokenizer(folder: str, shape: ModelConfig, tokenizer) -> None:
     """ValueError if `tokenizer` is not the one beside the checkpoint, or is too large for it."""
     if tokenizer.vocab_size > shape.vocab_size:
-        raise ValueError(f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, model embeds "
-                         f"{shape.vocab_size}: it belongs to another model than {folder}")
+        raise ValueError(f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, model "
+                         f"embeds {shape.vocab_size}: it belongs to another model than {folder}")
     try:
         own = tokenizers.load(find_checkpoint(folder))
     except FileNotFoundError:             # some checkpoints come without
