@@ -182,7 +182,7 @@ class QuietSTaR(nn.Module):
         terms         `count_terms` summed over the whole step; default: of this batch
         all_logp      also for thoughts without advantage, which the loss does not need
         """
-        c, surprise_BNP, every = self.config, torch.zeros(1), position_BP is None
+        c, surprise_BNP, every = self.config, torch.zeros(()), position_BP is None
         position_BP = every_position(ids_BL) if every else position_BP
         terms = count_terms(valid_BL, c, position_BP.shape[1]) if terms is None else terms
         if thought_BNPT is None:
