@@ -60,16 +60,15 @@ def lines(n_lines: int, aloud_share: float, seed: str) -> Iterator[str]:
         yield " ".join(["ball", start, ":", *swaps, "now", *aside, where[-1]])
 
 
-def write(out: str, n_lines: int, seed: int) -> dict[str, dict]:
-    """Write the vocabulary, `out`/words.json, and both corpora; the meta of each, by its folder."""
+def write(out: str, n_lines: int, seed: int) -> Iterator[tuple[str, dict]]:
+    """Write the vocabulary, `out`/words.json, and both corpora; folder and meta of each when done."""
     with published(f"{out}/words.json") as file:
         file.write(json.dumps(dict(words=WORDS, bos=None, eos="."), ensure_ascii=False).encode())
-    tokenizer, metas = load(f"{out}/words.json"), {}
+    tokenizer = load(f"{out}/words.json")
     for name, aloud_share in (("aloud", 0.3), ("silent", 0.0)):
         source = f"shell game, {name}, seed {seed}"
-        metas[f"{out}/{name}"] = prepare(lines(n_lines, aloud_share, source), tokenizer,
-                                         f"{out}/{name}", HELD_OUT, [source], split_key=puzzle)
-    return metas
+        yield f"{out}/{name}", prepare(lines(n_lines, aloud_share, source), tokenizer,
+                                       f"{out}/{name}", HELD_OUT, [source], split_key=puzzle)
 
 
 def plays(tokenizer) -> bool:
@@ -106,8 +105,8 @@ class ShellGameConfig:
 
 def main():
     (cfg,) = config.parse(ShellGameConfig)
-    for folder, meta in write(cfg.out, cfg.lines, cfg.seed).items():
-        print(f"{folder}: {meta['n_docs']} lines, {meta['n_tokens']} tokens")
+    for folder, meta in write(cfg.out, cfg.lines, cfg.seed):
+        print(f"{folder}: {meta['n_docs']} lines, {meta['n_tokens']} tokens", flush=True)
 
 
 if __name__ == "__main__":

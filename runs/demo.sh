@@ -20,11 +20,11 @@ echo; echo "3/4  Quiet-STaR on the same text"
 python train.py $quiet --init_from=$out/base --data=$game/silent --out=$out/quiet
 echo; echo "4/4  what it thinks, and whether that helps"
 python sample.py --checkpoint=$out/quiet --show-thoughts --max_new=1 --prompt="ball c : ab cd ce ad now"
-score() { python eval.py --data=$game/silent --texts=2000 "$@" > /dev/null; }
-score --checkpoint=$out/base --out="$out/base.json"
-score --checkpoint=$out/plain --out="$out/plain training goes on.json"
-score --checkpoint=$out/quiet --thoughts=swapped --out="$out/thinking, thoughts swapped.json"
-score --checkpoint=$out/quiet --out="$out/thinking.json"
+score() { echo "scoring $1"; shift; python eval.py --data=$game/silent --texts=2000 "$@" > /dev/null; }
+score "base" --checkpoint=$out/base --out="$out/base.json"
+score "plain training goes on" --checkpoint=$out/plain --out="$out/plain training goes on.json"
+score "thinking with thoughts swapped" --checkpoint=$out/quiet --thoughts=swapped --out="$out/thinking with thoughts swapped.json"
+score "thinking" --checkpoint=$out/quiet --out="$out/thinking.json"
 python figures.py --kind=curves --input=$out/quiet/log.jsonl,$out/plain/log.jsonl --out=$out/demo.png
 echo
-python figures.py --kind=table --input="$out/base.json,$out/plain training goes on.json,$out/thinking, thoughts swapped.json,$out/thinking.json"
+python figures.py --kind=table --input="$out/base.json,$out/plain training goes on.json,$out/thinking with thoughts swapped.json,$out/thinking.json"

@@ -12,7 +12,7 @@ torch.set_num_threads(1)              # two threads on a busy machine can be slo
 def game(tmp_path_factory):
     """A small shell game on disk: its folder holds aloud/ and silent/."""
     folder = tmp_path_factory.mktemp("game")
-    shell_game.write(str(folder), 2000, seed=0)
+    list(shell_game.write(str(folder), 2000, seed=0))
     return folder
 
 

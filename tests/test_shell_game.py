@@ -18,7 +18,7 @@ N_LINES = 6000
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shell_game")
-    shell_game.write(str(folder), N_LINES, seed=0)
+    list(shell_game.write(str(folder), N_LINES, seed=0))
     return folder
 
 
@@ -86,7 +86,7 @@ def test_three_lines_in_ten_think_aloud_and_silent_ones_never_do(folder):
 
 def test_the_corpora_are_a_function_of_the_seed(folder, tmp_path):
     for seed in (0, 1):
-        shell_game.write(str(tmp_path), N_LINES, seed)
+        list(shell_game.write(str(tmp_path), N_LINES, seed))
         for name in ("aloud/train.bin", "silent/train.bin"):
             same = (tmp_path / name).read_bytes() == (folder / name).read_bytes()
             assert same is (seed == 0)
