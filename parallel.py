@@ -61,6 +61,12 @@ def spread(objective, place: Place):
                                    [place.device.index])
 
 
+def meet(objective, now: bool):
+    """Whether the next backward exchanges gradients: only a step's last micro-batch has to."""
+    if isinstance(objective, DistributedDataParallel):
+        objective.require_backward_grad_sync = now
+
+
 def rows_of(place: Place, n_rows: int, n_micro_batches: int) -> list[range]:
     """This rank's rows of a step's `n_rows`, cut into micro-batches."""
     size, rest = divmod(n_rows, place.world * n_micro_batches)

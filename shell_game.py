@@ -61,7 +61,7 @@ def lines(n_lines: int, aloud_share: float, seed: str) -> Iterator[str]:
 
 
 def write(out: str, n_lines: int, seed: int) -> Iterator[tuple[str, dict]]:
-    """Write the vocabulary, `out`/words.json, and both corpora; folder and meta of each when done."""
+    """Write the vocabulary, `out`/words.json, and both corpora; yields folder and meta of each."""
     with published(f"{out}/words.json") as file:
         file.write(json.dumps(dict(words=WORDS, bos=None, eos="."), ensure_ascii=False).encode())
     tokenizer = load(f"{out}/words.json")

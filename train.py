@@ -15,7 +15,6 @@ matrix products are bf16; weights and optimizer state stay fp32, as at lr 1e-6 t
 
 Read next: sample.py, eval.py
 """
-import contextlib
 import json
 import math
 import os
@@ -325,12 +324,11 @@ def main():
         # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
         for i, ((ids_BL, valid_BL), draw) in enumerate(zip(texts, draws)):
             last, draw = i == len(rows) - 1, {name: t.to(place.device) for name, t in draw.items()}
-            later = not last and place.world > 1                  # gradients need not meet yet
-            with parallel_objective.no_sync() if later else contextlib.nullcontext():
-                with amp:
-                    outcome = parallel_objective(ids_BL.to(place.device), valid_BL.to(place.device),
-                                                 terms=terms, **draw)
-                (outcome.loss * place.world).backward()       # DDP averages over ranks; we sum
+            parallel.meet(parallel_objective, last)
+            with amp:
+                outcome = parallel_objective(ids_BL.to(place.device), valid_BL.to(place.device),
+                                             terms=terms, **draw)
+            (outcome.loss * place.world).backward()             # DDP averages over ranks; we sum
             for name, value in outcome.metrics().items():
                 sums[name] = sums.get(name, 0) + value
         norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), cfg.clip)

@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import torch
 
 import eval as evaluation
 import sample
@@ -60,9 +61,10 @@ def test_every_layout_thinks_the_same(game, tmp_path, call):
     folder, argv = tmp_path / "ours", ("--prompt=ball c : ab cd", "--max_new=6", "--show-thoughts")
     weights.save(tiny_quiet(model=dict(vocab_size=20, max_seq_len=128)), folder,
                  tokenizer=tokenizers.load(game))
-    assert call(weights, f"--checkpoint={folder}", f"--out={tmp_path}/b", "--layout=released")[0] == 0
-    assert call(weights, f"--checkpoint={tmp_path}/b", f"--out={tmp_path}/c")[0] == 0
-    shown = [call(sample, f"--checkpoint={tmp_path}/{name}", *argv)[1] for name in ("ours", "b", "c")]
+    b, c = tmp_path / "b", tmp_path / "c"
+    assert call(weights, f"--checkpoint={folder}", f"--out={b}", "--layout=released")[0] == 0
+    assert call(weights, f"--checkpoint={b}", f"--out={c}")[0] == 0
+    shown = [call(sample, f"--checkpoint={path}", *argv)[1] for path in (folder, b, c)]
     assert shown[0] == shown[1] == shown[2]
 
 
@@ -72,8 +74,10 @@ def test_markers_can_be_reset_as_the_released_evaluation_does(game, tmp_path, ca
     argv = (f"--checkpoint={tmp_path}/a", f"--out={tmp_path}/b", "--reset_markers")
     assert call(weights, *argv)[0] == 0
     dash_D = quiet.model.embed.weight[tokenizers.dash_id(tokenizer)]
-    for marker_D in (weights.load(tmp_path / "b").start_thought, weights.load(tmp_path / "b").end_thought):
-        assert (marker_D - dash_D).abs().max() < 1e-6 and not (marker_D == quiet.start_thought).all()
+    reset = weights.load(tmp_path / "b")
+    for marker_D in (reset.start_thought, reset.end_thought):
+        assert (marker_D - dash_D).abs().max() < 1e-6
+        assert not torch.equal(marker_D, quiet.start_thought)
 
 
 def test_a_tokenizer_of_another_model_is_refused(call, checkpoint, game, tmp_path):
