@@ -176,9 +176,9 @@ class QuietSTaR(nn.Module):
                 terms=None, all_logp: bool = False) -> Outcome:
         """The training objective of one micro-batch.
 
-        `position_BP`: which positions think, rising; default 0 .. L-2, and a random choice estimates
-        the same loss at a share of the cost. `uniform_BNPT` in [0, 1) decides thoughts that are not
-        forced. `terms`: `count_terms` of the step, default this batch's. `all_logp`: of all thoughts.
+        `position_BP`: which positions think, rising; default 0 .. L-2. A random choice estimates
+        the same loss at a share of the cost. `uniform_BNPT` in [0, 1) decides the thoughts that are
+        not forced. `terms`: `count_terms` of the step, default this batch's. `all_logp`: of all.
         """
         c, surprise_BNP, every = self.config, torch.zeros(()), position_BP is None
         position_BP = every_position(ids_BL) if every else position_BP
