@@ -1,4 +1,4 @@
-# make demo: watch a small Mistral learn to think (ten minutes, two cores, no GPU)
+# make demo: watch a small Mistral learn to think (minutes, two cores, no GPU)
 # make test: prove that what it does is Quiet-STaR
 
 PYTHON ?= python3
@@ -9,9 +9,6 @@ demo: .venv/run
 
 test: .venv/test
 	$(RUN) -m pytest
-
-figures: .venv/run
-	$(RUN) figures.py --readme
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -25,4 +22,4 @@ figures: .venv/run
 clean:
 	rm -rf .venv out data
 
-.PHONY: demo test figures clean
+.PHONY: demo test clean

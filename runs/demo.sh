@@ -1,12 +1,12 @@
 #!/bin/sh
-# Ten minutes on two cores: a small Mistral learns to think. `make demo` runs this.
+# Minutes on a laptop: a small Mistral learns to think. `make demo` runs this.
 #
 # 1. A base is pretrained on lines of the shell game, 30 % of which think aloud.
 # 2. Both successors see only lines without any working: one goes on as before, one runs Quiet-STaR.
 # 3. The table compares them on held-out lines; nothing but the reward can have taught the difference.
 set -e
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"      # on a shared machine two can be slower than one
 game=data/shell_game out=out/demo
 rm -rf "$out"
 

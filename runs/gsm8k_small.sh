@@ -3,7 +3,7 @@
 # GSM_FILE=gsm8k_train.jsonl sh runs/gsm8k_small.sh      (the data set's own file, MIT licence)
 set -e
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 data=data/gsm8k out=out/gsm8k
 train() {                                             # goes on where it was, if it was stopped
   folder=$1; shift
