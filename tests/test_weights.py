@@ -481,7 +481,7 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(tmp_path):
     assert weights.find_checkpoint(tmp_path / "step-1") == tmp_path / "step-1"
     (tmp_path / "latest").write_text("step-1\n")
     assert weights.find_checkpoint(tmp_path) == tmp_path / "step-1"
-    assert_same_parameters(weights.load_objective(tmp_path, "cpu"), tiny_quiet(seed=1))
+    assert_same_parameters(weights.load(weights.find_checkpoint(tmp_path)), tiny_quiet(seed=1))
     (tmp_path / "latest").write_text("step-3")
     assert weights.find_checkpoint(tmp_path) == tmp_path / "step-2"
     for step in (1, 2):
