@@ -1,0 +1,151 @@
+"""What it costs, where a number is the same on every machine; and that the naive scheme is ours."""
+import json
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from model import Mistral, ModelConfig
+from naive import naive_objective, naive_step
+from sample import Generator
+from thoughts import QuietSTaR, ThoughtConfig
+from toys import texts, tiny_quiet, uniforms
+
+
+# ----------------------------------------------------------------------------- the naive scheme
+
+@pytest.mark.parametrize("n_thoughts", [1, 2, 3])
+@pytest.mark.parametrize("forced", [True, False])
+def test_the_naive_scheme_has_our_loss_and_gradients(n_thoughts, forced):
+    assert_naive_is_ours(tiny_quiet(n_thoughts=n_thoughts), forced)
+
+
+@pytest.mark.parametrize("window", [3, 9])
+def test_the_naive_scheme_has_our_loss_and_gradients_in_a_window(window):
+    assert_naive_is_ours(tiny_quiet(model=dict(windows=(window, 0)), marker_ids=(5, 6)), False)
+
+
+def assert_naive_is_ours(quiet, forced: bool):
+    ids_BL, L, shape = texts(2, 9), 9, (2, quiet.config.n_thoughts, 8, 3)
+    valid_BL = torch.arange(L) < torch.tensor([[L], [L - 3]])                # right padding
+    draws = (dict(thought_BNPT=texts(2, shape[1] * 8 * 3, seed=4).view(shape)) if forced
+             else dict(uniform_BNPT=uniforms(*shape)))
+    found = []
+    for objective in (lambda: quiet(ids_BL, valid_BL, **draws).loss,
+                      lambda: naive_objective(quiet, ids_BL, valid_BL, **draws)):
+        quiet.zero_grad()
+        loss = objective()
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in quiet.named_parameters()}))
+    (loss, gradients), (naive_loss, naive_gradients) = found
+    torch.testing.assert_close(loss, naive_loss, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        error = (gradient - naive_gradients[name]).norm() / gradient.norm()
+        assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+def test_rethinking_everything_generates_our_text_token_for_token():
+    quiet, ids_BL = tiny_quiet(), texts(1, 6)
+    ours, naive = Generator(quiet, ids_BL, torch.tensor([6]), 8, temperature=0), ids_BL[0]
+    for _ in range(8):
+        naive = torch.cat((naive, torch.tensor([naive_step(quiet, naive)])))
+        assert int(ours.step().token_B[0]) == naive[-1]
+
+
+# ----------------------------------------------------------------------- counts that do not vary
+
+@pytest.mark.parametrize("n_thoughts", [1, 2, 4])
+def test_counted_flops_are_those_of_the_formula(n_thoughts):
+    """The framework counts products of weights, and thoughts' own attention as a full square; it
+    does not see into the fused kernel on a CPU. So the formula is compared without attention, and
+    the own part by its square."""
+    m = ModelConfig(vocab_size=600, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96)
+    c, L = ThoughtConfig(thought_len=5, n_thoughts=n_thoughts, n_true=3), 48
+    quiet = bench.build(bench.BenchConfig(), m, c, "cpu")
+    quiet.start_thought.requires_grad_(False)          # no product; the counter's hooks refuse it
+    ids_BL, T, M, thinkers = texts(2, L, 600), 5, 9, 2 * n_thoughts * (L - 1)
+    with FlopCounterMode(display=False) as counter:
+        quiet(ids_BL, ids_BL >= 0, uniform_BNPT=uniforms(2, n_thoughts, L - 1, T)).loss.backward()
+    counts = counter.get_flop_counts()["Global"].items()
+    counted = Counter({str(op).split(".")[-1]: n for op, n in counts})
+    formula = bench.step_flops(m, c, 2, L)
+    in_kernel = 4 * 2 * 64                             # FLOPs of a query and a key, all layers
+    pairs = {n: 2 * L * (L + 1) / 2 + thinkers * (n * L / 2 + n * (n + 1) / 2) for n in (T, M)}
+    expected = sum(formula[phase] for phase in ("sampling", "forward", "backward"))
+    expected -= in_kernel * (pairs[T] + 3 * pairs[M])
+    assert counted["mm"] + counted["addmm"] == pytest.approx(expected, rel=0.02)
+    own = in_kernel * thinkers * (T * (T + 1) / 2 + 3 * M ** 2)
+    assert counted["bmm"] == pytest.approx(own, rel=0.02)
+
+
+def test_at_7b_the_formula_gives_the_papers_necessary_arithmetic():
+    """384 TFLOP per text of 256 tokens: each token forward and backward once, T 12, A 4, N 2."""
+    flops = bench.step_flops(ModelConfig(), ThoughtConfig(), 1, 256)
+    assert flops["once"] == pytest.approx(384e12, rel=0.01)
+
+
+def saved_mib(quiet, ids_BL, thought_BNPT) -> float:
+    """Distinct storages that one forward keeps for its backward, parameters excluded."""
+    parameters = {p.untyped_storage().data_ptr() for p in quiet.parameters()}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        valid_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+        outcome = quiet(ids_BL, valid_BL, thought_BNPT=thought_BNPT)
+    assert outcome.loss.requires_grad
+    return sum(sizes.values()) / 2 ** 20
+
+
+@pytest.mark.parametrize("length, vocab_size, plain, recomputed", [(256, 1000, 400, 45),
+                                                                   (128, 32000, 240, 70)])
+def test_a_step_saves_little_for_backward(length, vocab_size, plain, recomputed):
+    model = Mistral(ModelConfig(vocab_size, 128, 4, 8, 2, ffn_dim=352))
+    quiet = QuietSTaR(model, ThoughtConfig(thought_len=12, n_thoughts=2, n_true=4))
+    generator = torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    quiet.init_thoughts(torch.zeros(128), generator)
+    torch.nn.init.normal_(quiet.mixing_head[4].weight, generator=generator)   # so half the thoughts
+    ids_BL = texts(1, length, vocab_size)                                       # have an advantage
+    thought_BNPT = texts(2 * (length - 1), 12, vocab_size).view(1, 2, -1, 12)
+    assert saved_mib(quiet, ids_BL, thought_BNPT) <= plain
+    model.recompute = True
+    assert saved_mib(quiet, ids_BL, thought_BNPT) <= recomputed
+
+
+# ------------------------------------------------------------------------------------ the script
+
+SMALL = ["--dim=16", "--n_layers=1", "--n_heads=2", "--n_kv_heads=1", "--ffn_dim=16",
+         "--vocab_size=50",
+         "--length=12", "--thought_len=2", "--n_true=2", "--rounds=1", "--device=cpu"]
+
+
+@pytest.mark.parametrize("variant", ["quiet", "sampling", "plain", "naive", "generate", "decode",
+                                     "rethink"])
+def test_every_variant_is_measured(call, variant, monkeypatch):
+    monkeypatch.setattr(bench, "shortest", lambda run, times: (run(), 1.0)[1])
+    status, out, _ = call(bench, *SMALL, f"--variant={variant}")
+    found = json.loads(out)
+    assert status == 0 and found["peak"] > found["weights"] > 0
+
+
+@pytest.mark.parametrize("kind, row", [("train", "| naive |"),
+                                       ("growth", "| quiet --vocab_size=32000 |"),
+                                       ("generate", "| 256 | 1 |")])
+def test_tables_have_all_their_rows(call, kind, row, monkeypatch):
+    monkeypatch.setattr(bench, "collect", lambda cfg, variants: dict.fromkeys(
+        variants, dict.fromkeys(("seconds", "peak", "weights", "activations", "matmul", "bandwidth",
+                                 "flops", "once"), 2.0)))
+    status, out, _ = call(bench, *SMALL, f"--kind={kind}")
+    assert status == 0 and row in out
+
+
+def test_a_wrong_kind_is_one_line(call):
+    status, _, err = call(bench, "--kind=speed")
+    assert status == 2 and err == "error: --kind=speed is none of train, growth, generate, all\n"
