@@ -47,6 +47,23 @@ def test_structured_attention_equals_the_dense_mask_in_a_window(window, n_true):
     assert_same_pass(quiet, ids_BL, every_position(ids_BL), every=True)
 
 
+@pytest.mark.parametrize("every", [True, False], ids=["folded", "reference"])
+def test_in_bfloat16_structured_attention_loses_no_more_than_the_dense_mask_does(every):
+    ids_BL, found = texts(2, 24), {}
+    position_BP = every_position(ids_BL)
+    thought_BNPT = texts(2 * 3 * 23, 3, seed=7).view(2, 3, 23, 3)
+    for name, dtype in (("exact", torch.float64), ("ours", torch.bfloat16),
+                        ("dense", torch.bfloat16)):
+        quiet = tiny_quiet(n_thoughts=3).to(dtype)
+        hidden = (quiet.grade(ids_BL, position_BP, thought_BNPT, every) if name == "ours"
+                  else dense_grade(quiet, ids_BL, position_BP, thought_BNPT))
+        found[name] = dict(gradients(quiet, hidden), base=hidden[0], hanging=hidden[1])
+    for key, exact in found["exact"].items():
+        ours, dense = ((found[name][key] - exact).norm() / exact.norm()
+                       for name in ("ours", "dense"))
+        assert ours <= 1.25 * dense + 1e-3, f"{key}: {ours:.2e} against {dense:.2e}"
+
+
 def test_some_positions_may_think_and_others_not():
     position_BP = torch.tensor([[0, 3, 4], [2, 5, 7]])
     assert_same_pass(tiny_quiet(), texts(2, 9), position_BP, every=False)
