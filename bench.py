@@ -32,7 +32,7 @@ from naive import naive_objective, naive_step  # noqa: E402
 SHAPES = {                            # what differs from Mistral-7B and the paper
     "cpu": dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=2, ffn_dim=704, vocab_size=8192,
                 thought_len=9),
-    "7b": dict(dtype="bfloat16", recompute=True)}
+    "7b": dict(dtype="bfloat16", recompute=1)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class BenchConfig:
     dtype: str = "float32"            # of the weights: float32 | bfloat16
     length: int = 256                 # tokens of a text, or of the context when generating
     batch: int = 1                    # texts
-    recompute: bool = False           # activation checkpointing
+    recompute: int = 0                # activation checkpointing of every n-th block; 0 none, 1 all
     rounds: int = 3                   # fresh processes per variant
     variant: str = ""                 # measure only this, in this process, and print it as JSON
 
@@ -80,13 +80,15 @@ def step_flops(m: ModelConfig, c: ThoughtConfig, B: int, L: int) -> dict[str, fl
 
 
 def shortest(run, times: int) -> float:
-    """Seconds of the shortest of some runs; the first, which warms up, does not count."""
-    seconds = []
+    """Seconds of the shortest of some runs; the first, which warms up, does not count. On a CPU
+    those of the one thread, whatever else the machine is doing."""
+    on_gpu, seconds = torch.cuda.is_available(), []
+    clock = time.perf_counter if on_gpu else time.process_time
     for _ in range(times + 1):
-        started = time.perf_counter()
+        started = clock()
         run()
-        torch.cuda.synchronize() if torch.cuda.is_available() else None
-        seconds.append(time.perf_counter() - started)
+        torch.cuda.synchronize() if on_gpu else None
+        seconds.append(clock() - started)
     return min(seconds[1:])
 
 
