@@ -12,9 +12,9 @@ parallelism, and anything that imports torch.distributed. Weights come and go in
 
 Shapes, as suffixes a tensor keeps for life:
   B batch   S tokens in this pass   L text positions   D width          V vocabulary
-  H query heads   K key/value heads   E width of a head   R rows handed to the vocabulary head
+  H query heads   K key/value heads   E width of a head   F width of a feed-forward layer
 
-Read next: thoughts.py
+Read next: head.py
 """
 import math
 from dataclasses import dataclass
@@ -23,6 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from head import weighted_nll
+
+PIECE = 2048                          # tokens that go through a feed-forward layer at a time
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,10 @@ class Attention(nn.Module):
         q_BSHE, k_BSKE, v_BSKE = (f(x_BSD).unflatten(-1, (-1, self.head_dim))
                                   for f in (self.q, self.k, self.v))
         q_BSHE, k_BSKE = rotate(q_BSHE, cos, sin), rotate(k_BSKE, cos, sin)
-        return self.o(context.attend(q_BSHE, k_BSKE, v_BSKE, self.layer, self.window).flatten(-2))
+        return self.o(self.attend(context, q_BSHE, k_BSKE, v_BSKE).flatten(-2))
+
+    def attend(self, context, q_BSHE, k_BSKE, v_BSKE):
+        return context.attend(q_BSHE, k_BSKE, v_BSKE, self.layer, self.window)
 
 
 class SwiGLU(nn.Module):
@@ -162,8 +169,15 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
-    def forward(self, x_BSD):
-        return self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD))
+    def forward(self, x_SD):
+        gate_SF, up_SF = self.gate(x_SD), self.up(x_SD)
+        if not torch.is_grad_enabled():
+            return self.close(gate_SF, up_SF)
+        return checkpoint(self.close, gate_SF, up_SF, use_reentrant=False)
+
+    def close(self, gate_SF, up_SF):
+        """The gated product is formed again in the backward pass: cheaper than keeping it."""
+        return self.down(F.silu(gate_SF) * up_SF)
 
 
 class Block(nn.Module):
@@ -176,7 +190,8 @@ class Block(nn.Module):
 
     def forward(self, x_BSD, cos, sin, context):
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin, context)
-        return x_BSD + self.ffn(self.ffn_norm(x_BSD))
+        pieces = [x + self.ffn(self.ffn_norm(x)) for x in x_BSD.flatten(0, 1).split(PIECE)]
+        return torch.cat(pieces).view_as(x_BSD)
 
 
 class Mistral(nn.Module):
@@ -190,7 +205,7 @@ class Mistral(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
-        self.recompute = False        # activation checkpointing: keep only each block's input
+        self.recompute = 0            # activation checkpointing of every n-th block; 0 none, 1 all
 
     def init_weights(self, generator: torch.Generator):
         """As in GPT-2: N(0, 0.02), what writes to the residual stream scaled by depth."""
@@ -203,6 +218,12 @@ class Mistral(nn.Module):
                 nn.init.normal_(p, std=std, generator=generator)
         return self
 
+    def compile_blocks(self, backend: str = "inductor"):
+        """torch.compile what is the same in every block: all but the attention of the context."""
+        for block in self.layers:
+            block.attention.attend = torch.compiler.disable(block.attention.attend)
+            block.compile(backend=backend)
+
     def forward(self, ids_BS, context):
         """Token ids to hidden states after the final norm, [B, S, D]."""
         return self.transform(self.embed(ids_BS), context)
@@ -210,60 +231,12 @@ class Mistral(nn.Module):
     def transform(self, x_BSD, context):
         """The same from embeddings, for tokens that are in no vocabulary."""
         cos, sin = rope(context.position_BS, self.config)
-        for block in self.layers:
-            if self.recompute and torch.is_grad_enabled():
+        for i, block in enumerate(self.layers):
+            if self.recompute and i % self.recompute == 0 and torch.is_grad_enabled():
                 x_BSD = checkpoint(block, x_BSD, cos, sin, context, use_reentrant=False)
             else:
                 x_BSD = block(x_BSD, cos, sin, context)
         return self.norm(x_BSD)
-
-
-class WeightedNLL(torch.autograd.Function):
-    """sum_r weight[r] * -log softmax(head(hidden[r]) / temperature)[target[r]], a chunk at a time.
-
-    The sum is linear in the rows, so its gradient is known as soon as their logits are: both are
-    formed in one visit, and no more than `CHUNK` rows of logits ever exist. Also returns the
-    unweighted nll_R, without gradient.
-    """
-    CHUNK = 1024                      # rows; 1024 x 32000 fp32 logits are 131 MB
-
-    @staticmethod
-    def forward(ctx, hidden_RD, head_VD, target_R, weight_R, temperature, excluded):
-        wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        nll_R = torch.empty(len(hidden_RD), device=hidden_RD.device)
-        if wants_gradient:
-            d_hidden_RD, d_head_VD = torch.empty_like(hidden_RD), torch.zeros_like(head_VD)
-        head_VD = head_VD.to(hidden_RD.dtype)
-        for start in range(0, len(hidden_RD), WeightedNLL.CHUNK):
-            rows = slice(start, start + WeightedNLL.CHUNK)
-            logits_RV = F.linear(hidden_RD[rows], head_VD).float().div_(temperature)
-            logits_RV[:, excluded] = -torch.inf
-            logp_RV = torch.log_softmax(logits_RV, dim=-1)
-            nll_R[rows] = -logp_RV.gather(1, target_R[rows, None])[:, 0]
-            if wants_gradient:                     # d nll / d logits = softmax - one_hot
-                d_logits_RV = logp_RV.exp_()
-                d_logits_RV[torch.arange(len(d_logits_RV)), target_R[rows]] -= 1
-                d_logits_RV.mul_(weight_R[rows, None] / temperature)
-                d_logits_RV = d_logits_RV.to(hidden_RD.dtype)
-                d_hidden_RD[rows] = d_logits_RV @ head_VD
-                d_head_VD += d_logits_RV.T @ hidden_RD[rows]
-        if wants_gradient:
-            ctx.save_for_backward(d_hidden_RD, d_head_VD)
-        ctx.mark_non_differentiable(nll_R)
-        return (weight_R * nll_R).sum(), nll_R
-
-    @staticmethod
-    def backward(ctx, d_sum, _):
-        d_hidden_RD, d_head_VD = ctx.saved_tensors
-        return d_hidden_RD * d_sum, d_head_VD * d_sum, None, None, None, None
-
-
-def weighted_nll(hidden_RD, head_VD, target_R, weight_R, temperature=1.0, excluded=()):
-    """Weighted sum of the rows' negative log-likelihoods (nats), and each row's own, no gradient.
-
-    `excluded`: vocabulary ids that take no part in the softmax.
-    """
-    return WeightedNLL.apply(hidden_RD, head_VD, target_R, weight_R, temperature, list(excluded))
 
 
 @dataclass

@@ -37,7 +37,8 @@ import torch
 from torch import nn
 
 from attention import PackedContext, SamplingContext
-from model import Mistral, weighted_nll
+from head import choose_tokens, weighted_nll
+from model import Mistral
 
 
 @dataclass(frozen=True)
@@ -63,34 +64,6 @@ class ThoughtConfig:
 def mix(base, thought, weight):
     """weight 0 returns base (the pretrained model); weight 1 returns thought."""
     return (1 - weight) * base + weight * thought
-
-
-@torch.no_grad()
-def choose_tokens(hidden_RD, head_VD, uniform_R=None, excluded=(), chunk: int = 1024):
-    """One token per row and its -log p (nats), sampled at temperature 1, or the argmax.
-
-    `uniform_R` in [0, 1) decides: the token whose stretch of the cumulative distribution holds it.
-    So a thought is a function of the model and of these numbers, whatever the batch around it.
-    None takes the argmax.
-    """
-    token_R = torch.empty(len(hidden_RD), dtype=torch.long, device=hidden_RD.device)
-    surprise_R = torch.empty(len(hidden_RD), device=hidden_RD.device)
-    for start in range(0, len(hidden_RD), chunk):
-        rows = slice(start, start + chunk)
-        logits_RV = nn.functional.linear(hidden_RD[rows], head_VD.to(hidden_RD.dtype)).float()
-        logits_RV[:, list(excluded)] = -torch.inf
-        p_RV = logits_RV.softmax(dim=-1)
-        if uniform_R is None:
-            token_R[rows] = p_RV.argmax(dim=-1)
-        else:
-            below_RV = p_RV.cumsum(dim=-1)
-            total_R1 = below_RV[:, -1:]
-            mark_R1 = torch.minimum(uniform_R[rows, None] * total_R1,           # strictly below the
-                                    torch.nextafter(total_R1, total_R1 * 0))    # total: p > 0 there
-            found_R = torch.searchsorted(below_RV, mark_R1, right=True)[:, 0]
-            token_R[rows] = found_R.clamp(max=p_RV.shape[1] - 1)       # nan: let the loss tell
-        surprise_R[rows] = -p_RV.gather(1, token_R[rows, None])[:, 0].log()
-    return token_R, surprise_R
 
 
 def true_tokens(ids_BL, valid_BL, position_BP, n_true: int):

@@ -59,7 +59,8 @@ class TrainConfig:
     beta2: float = 0.999              # of AdamW
     clip: float = 1.0                 # of the gradient's norm
     think_share: float = 1.0          # of the positions, drawn at random, that think at each step
-    recompute: bool = False           # activation checkpointing: keep only each block's input
+    recompute: int = 0                # activation checkpointing of every n-th block; 0 none, 1 all
+    compile: bool = False             # torch.compile the blocks; the first step takes minutes
     dtype: str = "float32"            # of the matrix products: float32 | bfloat16
     device: str = "auto"              # auto | cpu | cuda
     eval_every: int = 50              # steps; 0: never
@@ -72,6 +73,8 @@ class TrainConfig:
                             ("crops", ("document", "stream"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name}={getattr(self, name)} is not one of {', '.join(known)}")
+        if self.recompute < 0:
+            raise ValueError(f"--recompute={self.recompute} is below 0")
         if not 0 < self.think_share <= 1:
             raise ValueError(f"--think_share={self.think_share} is not above 0 and at most 1")
         if not self.out or not self.data:
@@ -278,6 +281,8 @@ def main():
     resumed = None if state is None else weights.find_checkpoint(cfg.out)
     objective = build_objective(cfg, model_cfg, thought_cfg, tokenizer, resumed).to(place.device)
     objective.model.recompute = cfg.recompute
+    if cfg.compile:
+        objective.model.compile_blocks()
     settings = asdict(cfg) | asdict(objective.model.config) | asdict(thought_cfg)
 
     # optimizer

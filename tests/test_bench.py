@@ -115,7 +115,7 @@ def test_a_step_saves_little_for_backward(length, vocab_size, plain, recomputed)
     ids_BL = texts(1, length, vocab_size)                                       # have an advantage
     thought_BNPT = texts(2 * (length - 1), 12, vocab_size).view(1, 2, -1, 12)
     assert saved_mib(quiet, ids_BL, thought_BNPT) <= plain
-    model.recompute = True
+    model.recompute = 1
     assert saved_mib(quiet, ids_BL, thought_BNPT) <= recomputed
 
 

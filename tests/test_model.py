@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from model import (CausalContext, KVCache, ModelConfig, NextToken, WeightedNLL, may_see, rope,
-                   weighted_nll)
-from toys import DenseContext, texts, tiny_mistral
+from head import weighted_nll
+from model import CausalContext, KVCache, ModelConfig, NextToken, may_see, rope
+from toys import DenseContext, texts, tiny_mistral, tiny_quiet, uniforms
 
 
 def positions(ids_BL):
@@ -73,7 +73,8 @@ def test_rope_turns_the_slowest_pair_least():
 
 @pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 2500])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_the_chunked_loss_equals_cross_entropy_and_its_gradients(rows, temperature):
+def test_the_chunked_loss_equals_cross_entropy_and_its_gradients(rows, temperature, monkeypatch):
+    monkeypatch.setattr("head.rows_at_a_time", lambda head_VD: 1024)
     generator = torch.Generator().manual_seed(0)
     hidden_RD, head_VD, weight_R = (torch.randn(shape, generator=generator, dtype=torch.float64)
                                     for shape in ((rows, 5), (7, 5), (rows,)))
@@ -94,13 +95,13 @@ def test_the_chunked_loss_equals_cross_entropy_and_its_gradients(rows, temperatu
 
 
 def test_the_loss_never_holds_more_than_a_chunk_of_logits(monkeypatch):
-    monkeypatch.setattr(WeightedNLL, "CHUNK", 4)
+    monkeypatch.setattr("head.rows_at_a_time", lambda head_VD: 4)
     seen, linear = [], torch.nn.functional.linear
 
     def spy(x, w):
         seen.append(len(x))
         return linear(x, w)
-    monkeypatch.setattr("model.F.linear", spy)
+    monkeypatch.setattr("head.F.linear", spy)
     weighted_nll(torch.randn(10, 5, requires_grad=True), torch.randn(7, 5), torch.zeros(10).long(),
                  torch.ones(10))
     assert seen == [4, 4, 2]
@@ -119,13 +120,40 @@ def test_the_plain_objective_ignores_padding_by_its_mask_and_not_by_token_ids():
 
 def test_activation_checkpointing_changes_no_gradient():
     gradients = []
-    for recompute in (False, True):
+    for recompute in (0, 1, 2):
         objective = NextToken(tiny_mistral())
         objective.model.recompute = recompute
         objective(texts(2, 8), torch.ones(2, 8).bool()).loss.backward()
         gradients.append([p.grad for p in objective.parameters()])
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b)
+    for none, all_blocks, every_second in zip(*gradients):
+        torch.testing.assert_close(all_blocks, none)
+        torch.testing.assert_close(every_second, none)
+
+
+def test_compiled_blocks_have_the_same_loss_and_gradients():
+    found = []
+    for compiled in (False, True):
+        quiet, ids_BL = tiny_quiet(model=dict(n_layers=1)), texts(2, 8)
+        if compiled:
+            quiet.model.compile_blocks(backend="aot_eager")
+            assert quiet.model.layers[0]._compiled_call_impl is not None
+        loss = quiet(ids_BL, ids_BL >= 0, uniform_BNPT=uniforms(2, 2, 7, 3)).loss
+        loss.backward()
+        found.append([loss.detach()] + [p.grad for p in quiet.parameters()])
+    for eager, compiled in zip(*found):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_a_feed_forward_layer_in_pieces_is_the_same_layer(monkeypatch):
+    gradients = []
+    for piece in (1000, 3, 1):
+        monkeypatch.setattr("model.PIECE", piece)
+        objective = NextToken(tiny_mistral())
+        objective(texts(2, 8), torch.ones(2, 8).bool()).loss.backward()
+        gradients.append([p.grad for p in objective.parameters()])
+    for whole, threes, ones in zip(*gradients):
+        torch.testing.assert_close(threes, whole)
+        torch.testing.assert_close(ones, whole)
 
 
 def test_numbers_that_make_no_model_are_refused():

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from head import choose_tokens
 from model import CausalContext
 from sample import Generator
-from thoughts import choose_tokens, count_terms, every_position, mix, true_tokens
+from thoughts import count_terms, every_position, mix, true_tokens
 from toys import texts, tiny_quiet, uniforms
 
 
