@@ -1,0 +1,57 @@
+"""What only a GPU can show. Skipped where there is none; `pytest tests/test_gpu.py` where there is.
+
+The fused kernel there is another one, in bf16 alone; Mistral-7B's head counts are far from a toy's.
+"""
+import pytest
+import torch
+
+from attention import FoldedAttention, thought_attention
+from thoughts import every_position
+from toys import texts, tiny_quiet, uniforms
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
+@pytest.mark.parametrize("B, N, P, M, H, K, E, L", [(1, 2, 255, 17, 32, 8, 128, 256),
+                                                    (2, 3, 40, 9, 8, 8, 64, 48)])
+def test_folded_attention_loses_no_more_in_bfloat16_than_the_reference(B, N, P, M, H, K, E, L):
+    """1,088 query heads for 8 key heads in the first case."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = (B, N, P, M, H, E), *[(B, N, P, M, K, E)] * 2, *[(B, L, K, E)] * 2
+    inputs = [torch.randn(shape, device="cuda", generator=generator) for shape in shapes]
+    d_out = torch.randn(shapes[0], device="cuda", generator=generator)
+    position_BP = torch.arange(P, device="cuda").expand(B, P)
+
+    def reference(*tensors):
+        return thought_attention(*tensors, position_BP, None)
+    found = []
+    for attend, dtype in ((reference, torch.float32), (FoldedAttention.apply, torch.bfloat16),
+                          (reference, torch.bfloat16)):
+        leaves = [t.clone().to(dtype).requires_grad_() for t in inputs]
+        out = attend(*leaves)
+        out.backward(d_out.to(dtype))
+        found.append([out.detach()] + [t.grad for t in leaves])
+    for name, exact, folded, plain in zip(("out", "q", "k", "v", "k_text", "v_text"), *found):
+        ours, theirs = ((t - exact).norm() / exact.norm() for t in (folded, plain))
+        assert ours <= 1.25 * theirs + 1e-3, f"{name}: {ours:.2e} against {theirs:.2e}"
+
+
+def test_a_gpu_finds_the_cpus_loss_and_gradients():
+    found, ids_BL, uniform_BNPT = [], texts(2, 24), uniforms(2, 2, 23, 3)
+    for device in ("cpu", "cuda"):
+        quiet, ids = tiny_quiet().to(device), ids_BL.to(device)
+        outcome = quiet(ids, ids >= 0, uniform_BNPT=uniform_BNPT.to(device))
+        outcome.loss.backward()
+        found.append([outcome.thought_BNPT.cpu(), outcome.loss.detach().cpu()]
+                     + [p.grad.cpu() for p in quiet.parameters()])
+    for cpu, gpu in zip(*found):
+        torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-4)
+
+
+def test_sampling_in_bfloat16_stays_near_float32():
+    quiet, ids_BL = tiny_quiet().cuda(), texts(2, 24).cuda()
+    thought_BNPT = texts(2 * 2 * 23, 3).view(2, 2, 23, 3).cuda()
+    exact = quiet.predict(ids_BL, every_position(ids_BL), thought_BNPT=thought_BNPT)[1]
+    with torch.autocast("cuda", torch.bfloat16):
+        rounded = quiet.predict(ids_BL, every_position(ids_BL), thought_BNPT=thought_BNPT)[1]
+    assert (rounded - exact).norm() / exact.norm() < 0.05
