@@ -169,7 +169,12 @@ class SwiGLU(nn.Module):
         self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
-    def forward(self, x_SD):
+    def forward(self, x_BSD, norm):
+        """x + ffn(norm(x)): the whole second half of a block, so that it can go in pieces."""
+        pieces = [x_SD + self.piece(norm(x_SD)) for x_SD in x_BSD.flatten(0, 1).split(PIECE)]
+        return torch.cat(pieces).view_as(x_BSD)
+
+    def piece(self, x_SD):
         gate_SF, up_SF = self.gate(x_SD), self.up(x_SD)
         if not torch.is_grad_enabled():
             return self.close(gate_SF, up_SF)
@@ -190,8 +195,7 @@ class Block(nn.Module):
 
     def forward(self, x_BSD, cos, sin, context):
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin, context)
-        pieces = [x + self.ffn(self.ffn_norm(x)) for x in x_BSD.flatten(0, 1).split(PIECE)]
-        return torch.cat(pieces).view_as(x_BSD)
+        return self.ffn(x_BSD, self.ffn_norm)
 
 
 class Mistral(nn.Module):
