@@ -23,7 +23,7 @@ import torch
 
 import config
 from model import Mistral, ModelConfig, NextToken
-from sample import Generator
+from generate import Generator
 from thoughts import QuietSTaR, ThoughtConfig, every_position
 
 sys.path.append(str(Path(__file__).with_name("tests")))

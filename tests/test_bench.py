@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 from model import Mistral, ModelConfig
 from naive import naive_objective, naive_step
-from sample import Generator
+from generate import Generator
 from thoughts import QuietSTaR, ThoughtConfig
 from toys import texts, tiny_quiet, uniforms
 

@@ -32,7 +32,7 @@ def test_sampling(call, checkpoint):
         assert status == 0 and "weight" in shown
     else:
         assert status == 2 and "has no thoughts to show" in stderr
-    assert call(sample, *argv, "--no-thoughts")[0] == 0
+    assert call(sample, *argv, "--think=never")[0] == 0
 
 
 def test_evaluating(call, checkpoint, game, tmp_path):

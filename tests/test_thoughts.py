@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from generate import Generator
 from head import choose_tokens
 from model import CausalContext
-from sample import Generator
 from thoughts import count_terms, every_position, mix, true_tokens
 from toys import texts, tiny_quiet, uniforms
 

@@ -1,0 +1,214 @@
+"""Generate text, thinking before every token, or only where a gate says that it may pay.
+
+    texts = Generator(model, ids_BL, length_B, max_new=40, temperature=0)
+    while ...: emitted = texts.step()                     # a token for each of the B texts
+
+To emit one token: the base state at the last position, one thought of T tokens behind it, one mixed
+prediction; then the thought is dropped. A thought at the end of the text is an ordinary causal
+continuation, so the text's own cache serves: thoughts are written beyond the last token and simply
+overwritten by the next one. T + 1 passes a token, whatever the length of the text; with a gate
+T + 2 for the texts that think, and 1 for those that do not.
+
+Left out on purpose: beam search, serving, and dropping texts that have ended from the batch.
+
+Read next: trace.py
+"""
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from files import read_json
+from head import choose_tokens
+from model import CausalContext, KVCache
+from thoughts import QuietSTaR, mix
+
+VISIBLE_DRAWS = 4                         # purpose of random numbers; train.py has 1 to 3
+
+
+@dataclass
+class Emitted:
+    """One visible token of each of the B texts, and what was thought before it (ids)."""
+    token_B: torch.Tensor
+    mixing_weight_B: torch.Tensor         # 0 base only, 1 thought only
+    gain_B: torch.Tensor                  # nats: log p(token) with the thought, minus without
+    thought_BT: torch.Tensor              # -1 in the rows that did not think
+    thinks_B: torch.Tensor                # which did
+    base_logp_BV: torch.Tensor            # log-probabilities at temperature 1, without the thought
+    mixed_logp_BV: torch.Tensor           # and with it
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Where to think, from the base state alone: where a score reaches `threshold`.
+
+    The score is the entropy of the base prediction (nats, never below 0) or, if there is a
+    `probe_D`, the gain in nats that this linear probe of the base state expects (gate.py fits it).
+    """
+    threshold: float
+    probe_D: torch.Tensor | None = None
+    bias: float = 0.0
+
+    def score(self, base_RD, logits_RV):
+        if self.probe_D is None:
+            return torch.special.entr(logits_RV.softmax(-1)).sum(-1).clamp(min=0)
+        return base_RD.float() @ self.probe_D.to(base_RD.device) + self.bias
+
+    def opens(self, base_RD, logits_RV):
+        """[R] bool. At threshold 0 entropy opens it everywhere, at infinity nowhere."""
+        return self.score(base_RD, logits_RV) >= self.threshold
+
+
+def read_gate(said: str, dim: int) -> Gate:
+    """A threshold for the entropy in nats, or the file of a probe of states of width `dim`."""
+    try:
+        return Gate(float(said))
+    except ValueError:
+        if not Path(said).is_file():
+            raise ValueError(f"--gate={said} is neither a number of nats nor a file of "
+                             "gate.py's") from None
+    found = read_json(Path(said))
+    if len(found.get("probe", ())) != dim:
+        raise ValueError(f"{said} probes states of width {len(found.get('probe', ()))}, the "
+                         f"model's have {dim}: fit it on this checkpoint (gate.py)")
+    return Gate(found["threshold"], torch.tensor(found["probe"]), found["bias"])
+
+
+def row_streams(seed: int, rows) -> list[np.random.Generator]:
+    """Each row's own random numbers: the same alone, or in any batch."""
+    return [np.random.default_rng([seed, VISIBLE_DRAWS, row]) for row in rows]
+
+
+def choose_visible(logits_BV, uniform_B, temperature: float, top_k: int = 0, top_p: float = 1.0):
+    """One token a row: the likeliest at temperature 0, else what `uniform_B` in [0, 1) picks from
+    the likeliest that hold `top_p` of the probability, at most `top_k` of them (0: any)."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    p_BV, token_BV = (logits_BV / temperature).softmax(-1).sort(descending=True, stable=True)
+    kept_BV = p_BV.cumsum(-1) - p_BV < top_p                # what precedes holds less: the first is
+    kept_BV[:, top_k or p_BV.shape[1]:] = False             # always kept
+    below_BV = (p_BV * kept_BV).cumsum(-1)
+    total_B1 = below_BV[:, -1:]
+    mark_B1 = torch.minimum(uniform_B[:, None] * total_B1,  # strictly below the total: p > 0 there
+                            torch.nextafter(total_B1, total_B1 * 0))
+    return token_BV.gather(1, torch.searchsorted(below_BV, mark_B1, right=True))[:, 0]
+
+
+class Generator:
+    """B texts that grow by a token a call. `model` is a QuietSTaR, or a Mistral that cannot think.
+
+    ids_BL is right-padded, length_B says how much of each row is text (at least one token); up to
+    `max_new` tokens can follow. Thoughts are greedy; visible tokens are chosen as `choose_visible`
+    says. The numbers that draw them come from `generator`, or from `streams`, one for each row:
+    then no text depends on its neighbours. Without a `gate` every token is thought about; without
+    `think` none is.
+    """
+    @torch.no_grad()
+    def __init__(self, model, ids_BL, length_B, max_new: int, temperature: float = 1.0,
+                 top_k: int = 0, generator: torch.Generator | None = None, think: bool = True,
+                 top_p: float = 1.0, streams: list[np.random.Generator] | None = None,
+                 gate: Gate | None = None):
+        self.quiet = model if isinstance(model, QuietSTaR) and think else None
+        self.mistral = model.model if isinstance(model, QuietSTaR) else model
+        self.markers = list(model.config.marker_ids) if isinstance(model, QuietSTaR) else []
+        self.choice, self.gate = (temperature, top_k, top_p), gate
+        self.generator, self.streams = generator, streams
+        self.n_thought = self.quiet.config.thought_len + 2 if self.quiet else 0
+        slots = ids_BL.shape[1] + max_new + self.n_thought
+        if slots > self.mistral.config.max_seq_len:
+            context = f"{self.mistral.config.max_seq_len} with {self.n_thought} kept for thoughts"
+            raise ValueError(f"prompt is {ids_BL.shape[1]} tokens, {max_new} more are asked for, "
+                             f"context is {context}: shorten the prompt or lower --max_new")
+        weight, self.position_B1 = self.mistral.embed.weight, length_B[:, None] - 1
+        self.cache = KVCache(self.mistral.config, len(ids_BL), slots, weight.device, weight.dtype)
+        every_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
+        self.longest, self.last_B1 = ids_BL.shape[1], ids_BL.gather(1, self.position_B1)
+        # fill the cache; the last token is read again
+        self._read(self.mistral.embed(ids_BL), every_BL, self.cache)
+
+    def _read(self, x_BSD, position_BS, cache):
+        """One pass over new tokens at their positions; hidden states."""
+        context = CausalContext(position_BS, cache, self.longest + self.n_thought)
+        return self.mistral.transform(x_BSD, context)
+
+    @torch.no_grad()
+    def step(self) -> Emitted:
+        thinks_B, base_BD, base_logits_BV, started_bD = self._begin()
+        thought_len = self.quiet.config.thought_len if self.quiet else 0
+        thought_BT = base_BD.new_full((len(base_BD), thought_len), -1, dtype=torch.long)
+        weight_B, logits_BV = base_BD.new_zeros(len(base_BD)), base_logits_BV.clone()
+        if thinks_B.any():
+            after_bD, thought_BT[thinks_B] = self._think(thinks_B, started_bD)
+            base_bD = base_BD[thinks_B]
+            weight_b1 = self.quiet.mixing_head(torch.cat((base_bD, after_bD), dim=-1))
+            weight_B[thinks_B] = weight_b1[:, 0]
+            logits_BV[thinks_B] = self._logits(mix(base_bD, after_bD, weight_b1))
+        token_B = choose_visible(logits_BV, self._uniform(len(logits_BV)), *self.choice)
+        base_logp_BV, logp_BV = base_logits_BV.log_softmax(-1), logits_BV.log_softmax(-1)
+        gain_BV = logp_BV - base_logp_BV
+        self.last_B1, self.position_B1 = token_B[:, None], self.position_B1 + 1
+        self.longest += 1
+        return Emitted(token_B, weight_B, gain_BV.gather(1, token_B[:, None])[:, 0], thought_BT,
+                       thinks_B, base_logp_BV, logp_BV)
+
+    def _begin(self):
+        """Which of the B texts think; base state and logits of all; of the b that think, the state
+        at the start marker, if it was read in the same pass: without a gate."""
+        x_B1D, B = self.mistral.embed(self.last_B1), len(self.last_B1)
+        if self.quiet and self.gate is None:
+            x_BSD = torch.cat((x_B1D, self.quiet.start_thought.expand(B, 1, -1)), dim=1)
+            position_BS = torch.cat((self.position_B1, self.position_B1 + 1), dim=1)
+            base_BD, started_BD = self._read(x_BSD, position_BS, self.cache).unbind(1)
+            everyone_B = torch.ones(B, dtype=torch.bool, device=base_BD.device)
+            return everyone_B, base_BD, self._logits(base_BD), started_BD
+        base_BD = self._read(x_B1D, self.position_B1, self.cache)[:, 0]
+        logits_BV = self._logits(base_BD)
+        thinks_B = (self.gate.opens(base_BD, logits_BV) if self.quiet else
+                    torch.zeros(B, dtype=torch.bool, device=base_BD.device))
+        return thinks_B, base_BD, logits_BV, None
+
+    def _logits(self, hidden_BD):
+        """Of the visible tokens: a marker that has a row in the vocabulary is never emitted."""
+        logits_BV = torch.nn.functional.linear(hidden_BD, self.mistral.head.weight).float()
+        logits_BV[:, self.markers] = -torch.inf
+        return logits_BV
+
+    def _uniform(self, B: int):
+        device = self.last_B1.device
+        if self.streams is None:
+            return torch.rand(B, generator=self.generator, device=device)
+        return torch.tensor([s.random(dtype=np.float32) for s in self.streams], device=device)
+
+    def _think(self, thinks_B, state_bD):
+        """The state after a greedy thought behind each text that thinks, and the thought."""
+        quiet, position_b1 = self.quiet, self.position_B1[thinks_B]
+        start_b1D, end_b1D = (marker.expand(len(position_b1), 1, -1)
+                              for marker in (quiet.start_thought, quiet.end_thought))
+        cache, position_bS = self._rows(thinks_B), position_b1 + 1
+        T, thought = quiet.config.thought_len, []
+        if state_bD is None:
+            state_bD = self._read(start_b1D, position_bS, cache)[:, -1]
+        for t in range(T):
+            token_b, _ = choose_tokens(state_bD, self.mistral.head.weight, None,
+                                       quiet.config.marker_ids)
+            thought.append(token_b)
+            x_bSD = start_b1D if quiet.config.filler else self.mistral.embed(token_b[:, None])
+            position_bS = position_bS[:, -1:] + 1
+            if t == T - 1:
+                x_bSD = torch.cat((x_bSD, end_b1D), dim=1)
+                position_bS = torch.cat((position_bS, position_bS + 1), dim=1)
+            state_bD = self._read(x_bSD, position_bS, cache)[:, -1]
+        if T == 0:
+            state_bD = self._read(end_b1D, position_bS + 1, cache)[:, -1]
+        return state_bD, torch.stack(thought, 1) if T else position_b1[:, :0]
+
+    def _rows(self, thinks_B):
+        """The cache of the texts that think; a copy if others do not, dropped with the thoughts."""
+        if thinks_B.all():
+            return self.cache
+        part = copy.copy(self.cache)
+        part.k_BKLE, part.v_BKLE = self.cache.k_BKLE[:, thinks_B], self.cache.v_BKLE[:, thinks_B]
+        part.row_B1 = self.cache.row_B1[:len(part.k_BKLE[0])]
+        return part

@@ -1,0 +1,173 @@
+"""The page, in a real browser: what a person sees, hovers, tabs through and taps."""
+import math
+import os
+
+import pytest
+
+import browser
+import page
+import sample
+from generate import Gate
+from tokenizer import START_THOUGHT, Tokenizer
+from toys import tiny_quiet
+from trace import Token, given
+
+TEXT = f"""<b>bold</b> & &amp; "quoted" 'x' 🎲 é {START_THOUGHT} </script></style>
+  <img src="http://nowhere.invalid/a.png" onerror="document.title='run'"> --> ]]>\tend. """
+WIDE, NARROW = (1200, 800), (390, 844)
+BYTES = Tokenizer([bytes([b]) for b in range(256)], None, None)
+SHOWN = """(() => { const r = document.querySelector('.hint').getBoundingClientRect();
+             const top = document.elementFromPoint(r.left + 40, r.top + 20);
+             return top.closest('.card, .hint').id })()"""        # what lies where cards appear
+PLAIN = """[...document.querySelectorAll('.text')].map(text => { const copy = text.cloneNode(true);
+             copy.querySelectorAll('.card').forEach(card => card.remove());
+             return copy.textContent })"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    program = browser.find()
+    if program is None:
+        reason = f"no browser ({', '.join(browser.NAMES)}): apt-get install chromium"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    with browser.Browser(program) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    quiet = tiny_quiet(model=dict(vocab_size=256))
+    return given(quiet, BYTES, list(TEXT.encode()), gate=Gate(4.6))
+
+
+@pytest.fixture(scope="module")
+def url(tokens, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_text(page.page([tokens], "<toy> & 'sons'"), "utf-8")
+    return path.as_uri()
+
+
+def test_text_is_shown_literally_every_token_once_and_nothing_is_requested(chromium, url, tokens):
+    chromium.open(url)
+    assert chromium.run(PLAIN) == [TEXT]
+    assert chromium.run("document.querySelectorAll('.seen, .given').length") == len(tokens)
+    assert chromium.run("document.title") == "What thinking changed: <toy> & 'sons'"
+    assert chromium.run("document.querySelectorAll('script, img, link, iframe').length") == 0
+    chromium.hover("#t0-5")
+    assert chromium.requests == [url]
+
+
+def test_no_policy_no_script_and_no_address_could_make_a_request(tokens):
+    content = page.page([tokens], "toy")
+    assert "default-src 'none'" in content and "<script" not in content
+    assert not any(word in content for word in (" src=", "url(", "@import", 'href="http'))
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_hover_and_keyboard_focus_reveal_the_thought(chromium, url, tokens, size):
+    chromium.open(url, *size)
+    thinkers = [t for t in tokens if t.thinks]
+    assert 0 < len(thinkers) < len(tokens) - 1 and chromium.run(SHOWN) == ""
+    for token in (thinkers[0], thinkers[3], next(t for t in tokens[1:] if not t.thinks)):
+        name = f"t0-{token.place}"
+        chromium.hover(f"#{name}")
+        assert chromium.run(SHOWN) == f"{name}-card"
+        card = chromium.run(f"document.getElementById('{name}-card').innerText")
+        wanted = (["no thought here"] if not token.thinks else
+                  [f"{token.mixing_weight:.2f}", f"{token.gain:+.3f} nats", f"{token.reward:+.3f}",
+                   "without the thought"])
+        assert all(words in card for words in wanted)
+        thought = chromium.run(f"document.querySelector('#{name}-card .thought').textContent")
+        assert thought == page.html.unescape(page.literal(token.thought)) or not token.thinks
+        best = chromium.run(f"document.querySelectorAll('#{name}-card li').length")
+        assert best == (10 if token.thinks else 5)
+    chromium.hover("h1")
+    assert chromium.run(SHOWN) == ""
+    for place in (1, 2, 3):
+        chromium.press_tab()
+        assert chromium.run("document.activeElement.id") == f"t0-{place}"
+        assert chromium.run(SHOWN) == f"t0-{place}-card"
+    chromium.hover("#t0-9")                                # what is hovered comes before the focus
+    assert chromium.run(SHOWN) == "t0-9-card"
+
+
+def test_a_bar_of_the_chart_leads_to_its_token(chromium, url, tokens):
+    chromium.open(url)
+    assert chromium.run("document.querySelectorAll('svg a').length") == len(tokens) - 1
+    chromium.click("svg a:nth-of-type(20)")
+    chromium.hover("h1")
+    assert chromium.run(SHOWN) == "t0-20-card"
+    heights = chromium.run("[...document.querySelectorAll('svg a rect + rect')].map("
+                           "bar => +bar.getAttribute('height'))")
+    most = max(abs(t.gain) for t in tokens)
+    assert heights == pytest.approx([abs(t.gain) / most for t in tokens[1:]], abs=1e-4)
+
+
+def contrast(one, other) -> float:
+    """WCAG's ratio of two opaque sRGB colours; 4.5 is its least for text."""
+    def light(colour):
+        linear = [c / 3294.6 if c < 10.3 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    high, low = sorted((light(one), light(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def colour(chromium, selector: str, name: str) -> list[float]:
+    """Red, green, blue, and alpha if it is not 1."""
+    text = chromium.run(f"getComputedStyle(document.querySelector('{selector}')).{name}")
+    return [float(part) for part in text[text.index("(") + 1:-1].replace(" /", ",").split(",")]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_it_is_readable_in_light_and_dark_wide_and_narrow(chromium, tmp_path, size, dark):
+    """Contrast of text on the strongest tints, no sideways scrolling, no card off the screen or
+    over the token it belongs to."""
+    path = tmp_path / "strong.html"
+    best = ((1, "<w>", 0.7), (2, "a rather long token" * 4, 0.2))
+    path.write_text(page.page([[
+        Token(0, n, 1, f" word{n}", True, "so\n" * 40, (1,), 0.5, (-9.0, 9.0, 0.0)[n % 3], -10.0,
+              1.0, 0.1, best, best) for n in range(200)]], "toy"), "utf-8")
+    chromium.open(path.as_uri(), *size, dark)
+    ink, paper = (colour(chromium, "body", name) for name in ("color", "backgroundColor"))
+    assert (sum(paper) < 3 * 64) == dark
+    faint = colour(chromium, "p.faint", "color")
+    assert contrast(ink, paper) > 7 and contrast(faint, paper) > 4.5
+    assert contrast(faint, colour(chromium, ".hint", "backgroundColor")) > 4.5
+    tints = [colour(chromium, f"#t0-{n}", "backgroundColor") for n in (0, 1)]
+    for *tint, alpha in tints:
+        blend = [alpha * t + (1 - alpha) * p for t, p in zip(tint, paper)]
+        assert alpha == pytest.approx(0.7, abs=1e-3) and contrast(ink, blend) > 4.5
+    (orange, green), red_green = tints, lambda c: c[0] > c[1]
+    assert red_green(orange) and not red_green(green)
+    assert chromium.run("document.documentElement.scrollWidth") <= size[0]
+    chromium.run("document.getElementById('t0-199').focus()")
+    word, card = (chromium.run("(() => { const r = document.getElementById('%s')."
+                               "getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom] "
+                               "})()" % name) for name in ("t0-199", "t0-199-card"))
+    assert 0 <= card[0] and 0 <= card[1] and card[2] <= size[0] and card[3] <= size[1]
+    apart = word[2] <= card[0] or word[3] <= card[1]
+    assert apart and 0 <= word[1] and word[3] <= size[1], (word, card)
+    chromium.press_tab()                                   # into the card, which is long, to scroll
+    chromium.hover("h1")
+    assert chromium.run(SHOWN) == "t0-199-card"
+
+
+def test_the_page_of_a_prompt_holds_every_sample(chromium, call, game, tmp_path):
+    import tokenizer as tokenizers
+    import weights
+    weights.save(tiny_quiet(model=dict(vocab_size=20, max_seq_len=64)), tmp_path / "model",
+                 tokenizer=tokenizers.load(game))
+    argv = (f"--checkpoint={tmp_path}/model", "--prompt=ball c : ab", "--max_new=8",
+            "--temperature=1", "--samples=3")
+    status, text, _ = call(sample, *argv, f"--html={tmp_path}/page.html")
+    chromium.open((tmp_path / "page.html").as_uri())
+    assert status == 0 and chromium.run(PLAIN) == text.splitlines()[1::2]
+    grey = chromium.run("[...document.querySelectorAll('.text')].map(text => "
+                        "text.querySelectorAll('.given').length)")
+    assert grey == [4, 4, 4]                               # the prompt was predicted by nobody
+
+
+def test_a_text_of_unpredicted_tokens_or_none_still_makes_a_page():
+    assert "0 tokens" in page.page([[Token(0, 0, 1, "only")]], "toy")
+    assert math.isfinite(len(page.page([[]], "toy")))
