@@ -3,6 +3,7 @@
     python figures.py --kind=mask --out=mask.png
     python figures.py --kind=curves --input=out/quiet/log.jsonl,out/plain/log.jsonl --out=curves.png
     python figures.py --kind=difficulty --input=out/quiet/eval.json --out=difficulty.png
+    python figures.py --kind=top --input=out/quiet/eval.json,out/quiet/log.jsonl --out=top.png
     python figures.py --kind=table --input=out/seed*/eval/*.json     # mean and spread by file name
 
 Needs matplotlib (pip install matplotlib), except for the table.
@@ -129,6 +130,23 @@ def difficulty(path: str, out: str):
     figure.savefig(out, dpi=130)
 
 
+def top(path: str, log: str, out: str):
+    """What it does and how it came about: NLL by difficulty, reward and mixing weight by step."""
+    bins = json.loads(Path(path).read_text())["difficulty"]
+    figure, (nll, reward, weight) = canvas(3, 3.9)
+    for name, colour, label in (("nll_base", BASE, "without thoughts"),
+                                ("nll_mixed", MIXED, "with thoughts")):
+        nll.plot(range(1, len(bins) + 1), [row[name] for row in bins], color=colour, marker="o",
+                 label=label)
+    reward.plot(*smooth(*rows(log, "thought/reward")), color=MIXED)
+    weight.plot(*rows(log, "eval/mixing_weight"), color=MIXED)
+    nll.set(title="held-out NLL (nats)", xlabel="easiest to hardest tenth for the base")
+    reward.set(title="reward in training (nats per thought)", xlabel="step")
+    weight.set(title="mixing weight, held-out", xlabel="step", ylim=(0, 1))
+    nll.legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=130)
+
+
 COLUMNS = ("right_base", "right_mixed", "nll_base", "nll_mixed", "working_is_right")
 
 
@@ -150,15 +168,17 @@ def table(paths: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class FigureConfig:
-    kind: str = ""                    # mask | curves | difficulty | table
+    kind: str = ""                    # top | mask | curves | difficulty | table
     input: tuple[str, ...] = ()       # files, by commas
     out: str = "figure.png"           # picture to write
 
     def __post_init__(self):
-        if self.kind not in ("mask", "curves", "difficulty", "table"):
-            raise ValueError(f"--kind={self.kind} is not one of mask, curves, difficulty, table")
+        if self.kind not in ("top", "mask", "curves", "difficulty", "table"):
+            raise ValueError(f"--kind={self.kind} is none of top, mask, curves, difficulty, table")
         if self.kind != "mask" and not self.input:
             raise ValueError(f"--kind={self.kind} needs --input=FILE[,FILE]")
+        if self.kind == "top" and len(self.input) != 2:
+            raise ValueError("--kind=top needs --input=EVAL_JSON,LOG_JSONL")
 
 
 def main():
@@ -168,6 +188,8 @@ def main():
         return
     if cfg.kind == "mask":
         mask(cfg.out)
+    elif cfg.kind == "top":
+        top(*cfg.input, cfg.out)
     elif cfg.kind == "curves":
         curves(cfg.input, cfg.out)
     else:

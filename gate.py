@@ -154,10 +154,11 @@ def main():
         limit = threshold(tuned_R, cfg.share)
         print(f"gate by {name}, {len(score_R)} held-out tokens; the {cfg.share:.0%} of the "
               f"positions are those from {limit:.4f} nats on")
-        print("  think  from (nats)     gain  95 % interval       of the gain everywhere")
+        print("  think  from (nats)     gain  95 % interval       of the gain everywhere (if any)")
         for p in curves[name]:
+            kept = f"{p['kept']:8.1%}" if curves[name][-1]["interval"][0] > 0 else "-"
             print(f"{p['share']:7.1%} {p['threshold']:12.4f} {p['gain']:+8.4f}  "
-                  f"[{p['interval'][0]:+.4f}, {p['interval'][1]:+.4f}]  {p['kept']:8.1%}")
+                  f"[{p['interval'][0]:+.4f}, {p['interval'][1]:+.4f}]  {kept}")
         print()
     if cfg.out:
         gate = dict(threshold=limit, probe=probe.probe_D.tolist(), bias=probe.bias)

@@ -96,24 +96,30 @@ def generate(cfg: SampleConfig, objective, tokenizer, gate: Gate | None,
     return show(generated(texts, tokenizer, lines, cfg.max_new), lines, view)
 
 
-def read(cfg: SampleConfig, objective, tokenizer, gate: Gate | None) -> list[list[Token]]:
-    """Show what thinking does to a text that is given."""
-    ids = tokenizer.encode(read_file(cfg.text_file), bos=True)
+def read(cfg: SampleConfig, objective, tokenizer, gate: Gate | None,
+         text: str) -> list[list[Token]]:
+    """Show what thinking does to a text that is given; its tokens."""
+    ids = tokenizer.encode(text, bos=True)
     if len(ids) < 2:
         raise ValueError(f"{cfg.text_file} has {len(ids)} tokens: two are needed, since the first "
                          "is predicted by none")
     first, *rest = given(objective, tokenizer, ids, cfg.think != "never", gate)
-    line = Line(tokenizer, ids[:1])
     if not (cfg.show_thoughts or cfg.json):
         return [[first, *rest]]
-    return show(rest, [line], View(sys.stdout, cfg.show_thoughts, cfg.json, cfg.threshold))
+    view = View(sys.stdout, cfg.show_thoughts, cfg.json, cfg.threshold)
+    return show(rest, [Line(tokenizer, ids[:1])], view)
 
 
-def read_file(path: str) -> str:
+def written(cfg: SampleConfig) -> str:
+    """The text of the command line, of a file, or of standard input."""
+    path = cfg.text_file or cfg.prompt_file
+    if cfg.prompt or (not path and "--prompt" in config.given()):
+        return cfg.prompt
     try:
-        return Path(path).read_text(encoding="utf-8").removesuffix("\n")
+        text = Path(path).read_text(encoding="utf-8") if path else sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        raise ValueError(f"{path or 'standard input'} is not UTF-8 text: {error}") from None
+    return text.removesuffix("\n")
 
 
 def typed() -> Iterator[str]:
@@ -135,25 +141,20 @@ def main():
     if not isinstance(objective, QuietSTaR) and (cfg.show_thoughts or cfg.html or cfg.gate):
         raise ValueError(f"{cfg.checkpoint} has no thoughts to show: train it to think (train.py)")
     gate = read_gate(cfg.gate, objective.model.config.dim) if cfg.gate else None
-    with_prompt = cfg.prompt or cfg.prompt_file or "--prompt" in config.given()
-    if with_prompt or cfg.text_file or not sys.stdin.isatty():
-        if cfg.text_file:
-            texts = read(cfg, objective, tokenizer, gate)
-        else:
-            prompt = (read_file(cfg.prompt_file) if cfg.prompt_file else cfg.prompt if with_prompt
-                      else sys.stdin.read().removesuffix("\n"))
-            texts = generate(cfg, objective, tokenizer, gate, prompt)
-        if cfg.html:
-            content = page.page(texts, Path(cfg.checkpoint).name)
-            weights.write_atomically(cfg.html, lambda path: path.write_text(content, "utf-8"))
-        return
-    for prompt in typed():
+    person = sys.stdin.isatty() and not (cfg.prompt_file or cfg.text_file
+                                         or "--prompt" in config.given())
+    for prompt in typed() if person else [written(cfg)]:
         try:
-            texts = generate(cfg, objective, tokenizer, gate, prompt)
-        except ValueError as error:                               # another prompt may be right
-            print(f"error: {error}", file=sys.stderr)
+            texts = (read if cfg.text_file else generate)(cfg, objective, tokenizer, gate, prompt)
+            if cfg.html:
+                content = page.page(texts, Path(cfg.checkpoint).name)
+                weights.write_atomically(cfg.html, lambda path: path.write_text(content, "utf-8"))
         except KeyboardInterrupt:                                 # enough of this text
             print()
+        except ValueError as error:
+            if not person:
+                raise
+            print(f"error: {error}", file=sys.stderr)             # another prompt may be right
 
 
 if __name__ == "__main__":

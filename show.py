@@ -74,7 +74,8 @@ class View:
 
     def _columns(self, token: Token):
         numbers = f"{token.mixing_weight:6.2f}  {token.gain:+6.2f}  {literal(token.thought)}"
-        self._write(f"{literal(token.text.strip(' ')):>12s}  "
+        text = literal(token.text.strip(" ")) or ("␣" if token.text else "◦")     # ◦ part of one
+        self._write(f"{text:>12s}  "
                     f"{numbers if self._shown(token) else ''}".rstrip(" ") + "\n")
 
     def _inline(self, token: Token):

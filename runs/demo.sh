@@ -26,5 +26,6 @@ score "plain training goes on" --checkpoint=$out/plain --out="$out/plain trainin
 score "thinking with thoughts swapped" --checkpoint=$out/quiet --thoughts=swapped --out="$out/thinking with thoughts swapped.json"
 score "thinking" --checkpoint=$out/quiet --out="$out/thinking.json"
 python figures.py --kind=curves --input=$out/quiet/log.jsonl,$out/plain/log.jsonl --out=$out/demo.png
+python figures.py --kind=top --input=$out/thinking.json,$out/quiet/log.jsonl --out=$out/top.png
 echo
 python figures.py --kind=table --input="$out/base.json,$out/plain training goes on.json,$out/thinking with thoughts swapped.json,$out/thinking.json"

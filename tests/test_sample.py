@@ -236,6 +236,18 @@ def test_a_prompt_may_come_from_a_file_or_standard_input(call, checkpoint, monke
             == call(sample, *argv, f"--prompt_file={tmp_path}/prompt.txt")[1])
 
 
+def test_a_given_text_is_shown_whole_with_the_reward_of_each_thought(call, checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text(PROMPT + " a .\n")
+    argv = f"--checkpoint={checkpoint}", f"--text-file={tmp_path}/text.txt"
+    tokens = [json.loads(line) for line in call(sample, *argv, "--json")[1].splitlines()]
+    assert "ball" + "".join(token["text"] for token in tokens) == PROMPT + " a ."
+    assert all(isinstance(token["reward"], float) for token in tokens)
+    rows = call(sample, *argv, "--show-thoughts")[1].splitlines()
+    assert rows[:2] == [show.NOTE, "ball"] and len(rows) == 3 + len(tokens)
+    assert call(sample, *argv, f"--html={tmp_path}/a.html")[1] == ""
+    assert (tmp_path / "a.html").read_text().count('tabindex="0"') == len(tokens)
+
+
 def test_the_threshold_hides_thoughts_and_no_token(call, checkpoint):
     argv = (f"--checkpoint={checkpoint}", f"--prompt={PROMPT}", "--max_new=9", "--temperature=1",
             "--seed=6")
