@@ -67,7 +67,7 @@ li span:first-child { flex: 1; overflow: hidden; white-space: pre; text-overflow
 @media (min-width: 58rem) { html { scroll-padding: 2rem 0; }
   body { padding-right: 26rem; padding-bottom: 3rem; }
   .card, .hint { left: auto; right: max(1.2rem, (100vw - 76rem) / 2); top: 1.2rem; bottom: auto;
-  width: 23rem; height: min(34rem, 100vh - 2.4rem); border: 1px solid var(--line);
+  width: 23rem; height: min(28rem, 100vh - 2.4rem); border: 1px solid var(--line);
   border-radius: .4rem; } }
 """
 HEAD = """<!doctype html>
@@ -101,8 +101,8 @@ def section(tokens: list[Token], number: int, n_texts: int) -> str:
     seen = [token for token in tokens if token.logp is not None]
     count = max(1, len(seen))
     gain, nll = sum(t.gain for t in seen) / count, -sum(t.logp for t in seen) / count
-    facts = (f"{len(seen)} tokens, {sum(t.thinks for t in seen)} thought about; nats a token: "
-             f"{nll + gain:.3f} without thoughts, {nll:.3f} with, gain {gain:+.3f}")
+    facts = (f"{len(seen)} tokens, {sum(t.thinks for t in seen)} thought about; {nll + gain:.3f} "
+             f"nats a token without thoughts, {nll:.3f} with")
     heading = f"<h2>{number + 1} of {n_texts}</h2>" if n_texts > 1 else ""
     words = "".join(word(token, f"t{number}-{token.place}") for token in tokens)
     return (f'<section>{heading}<p class="faint">{facts}</p>{chart(seen, number)}'
@@ -156,9 +156,9 @@ def card(token: Token, name: str) -> str:
     thought = literal(token.thought) if token.thinks else "no thought here"
     pair = "".join(f"<div>{head}<ol>{''.join(choices(best, token.id))}</ol></div>"
                    for head, best in lists.items())
-    return (f'<span class="card" id="{name}-card"><span class="faint">thought</span>'
-            f'<span class="thought">{thought}</span><dl>{rows}</dl>'
-            f'<div class="pair">{pair}</div></span>')
+    return (f'<span class="card" id="{name}-card"><span class="faint">thought before</span> '
+            f'<b>{literal(token.text.strip()) or "◦"}</b><span class="thought">{thought}</span>'
+            f'<dl>{rows}</dl><div class="pair">{pair}</div></span>')
 
 
 def choices(best: tuple, true_id: int) -> Iterator[str]:
