@@ -86,7 +86,8 @@ of why the model says what it says; nothing makes it faithful, nor harmless.</p>
 
 def page(texts: list[list[Token]], name: str) -> str:
     """The whole page, about each of the texts in turn; `name` is the model's."""
-    sections = (section(tokens, number, len(texts)) for number, tokens in enumerate(texts))
+    most = max([abs(token.gain) for tokens in texts for token in tokens] + [0.1])       # nats
+    sections = (section(tokens, number, len(texts), most) for number, tokens in enumerate(texts))
     head = HEAD.format(title=literal(f"What thinking changed: {name}"), style=STYLE)
     return f"{head}{''.join(sections)}</main></body></html>\n"
 
@@ -97,7 +98,7 @@ def literal(text: str) -> str:
     return html.escape(shown).replace("\r", "&#13;")
 
 
-def section(tokens: list[Token], number: int, n_texts: int) -> str:
+def section(tokens: list[Token], number: int, n_texts: int, most: float) -> str:
     seen = [token for token in tokens if token.logp is not None]
     count = max(1, len(seen))
     gain, nll = sum(t.gain for t in seen) / count, -sum(t.logp for t in seen) / count
@@ -105,13 +106,12 @@ def section(tokens: list[Token], number: int, n_texts: int) -> str:
              f"nats a token without thoughts, {nll:.3f} with")
     heading = f"<h2>{number + 1} of {n_texts}</h2>" if n_texts > 1 else ""
     words = "".join(word(token, f"t{number}-{token.place}") for token in tokens)
-    return (f'<section>{heading}<p class="faint">{facts}</p>{chart(seen, number)}'
+    return (f'<section>{heading}<p class="faint">{facts}</p>{chart(seen, number, most)}'
             f'<div class="text">{words}</div></section>\n')
 
 
-def chart(seen: list[Token], number: int) -> str:
-    """Gain by token; a bar leads to its token."""
-    most = max([abs(token.gain) for token in seen] + [0.1])            # nats
+def chart(seen: list[Token], number: int, most: float) -> str:
+    """Gain by token, from -most to +most nats; a bar leads to its token."""
     bars = []
     for x, token in enumerate(seen):
         height = abs(token.gain) / most
