@@ -27,6 +27,7 @@ import tokenizer as tokenizers
 import weights
 from eval import Scores, held_out_texts
 from generate import Gate
+from head import rows_at_a_time
 from thoughts import QuietSTaR
 
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)   # of the positions, in the table
@@ -61,7 +62,8 @@ def observe(quiet: QuietSTaR, token_file, texts: slice, length: int, batch: int 
         base_RD, mixed_RD = base_BPD[:, :-1][scored], mixed_BNPD[:, 0, :-1][scored]
         target_R1 = ids[:, 1:][scored][:, None]
         text_R = torch.arange(start, start + len(ids), device=device)[:, None]
-        for base, mixed, target, text in zip(*(t.split(1024) for t in (
+        n_rows = rows_at_a_time(quiet.model.head.weight)
+        for base, mixed, target, text in zip(*(t.split(n_rows) for t in (
                 base_RD, mixed_RD, target_R1, text_R.expand_as(scored)[scored]))):
             logits = quiet.model.head(base).float()
             logp, logp_mixed = (x.log_softmax(-1).gather(1, target)[:, 0]

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 
 from generate import Emitted, Gate, Generator
+from head import rows_at_a_time
 from model import CausalContext
 from thoughts import QuietSTaR
 
 BEST = 5                                  # predictions kept of each token
-CHUNK = 256                               # tokens whose logits exist at once
 
 
 @dataclass
@@ -141,14 +141,14 @@ def given(objective, tokenizer, ids: list[int], think: bool = True,
     ids_BL = torch.tensor([ids], device=model.embed.weight.device)
     every_BL = torch.arange(len(ids), device=ids_BL.device)[None]
     base_LD = model(ids_BL, CausalContext(every_BL))[0, :-1]
-    thinks_L = torch.full((len(base_LD),), think, device=ids_BL.device)
+    thinks_L, n_rows = torch.full((len(base_LD),), think), rows_at_a_time(model.head.weight)
     if think and gate:
         thinks_L = torch.cat([gate.opens(h_RD, _logits(objective, h_RD))
-                              for h_RD in base_LD.split(CHUNK)])
+                              for h_RD in base_LD.split(n_rows)])
     found = _think_at(objective, ids_BL, thinks_L) if thinks_L.any() else {}
     line, tokens = Line(tokenizer, ids), []
-    for start in range(0, len(base_LD), CHUNK):
-        base_RV = _logits(objective, base_LD[start:start + CHUNK]).log_softmax(-1)
+    for start in range(0, len(base_LD), n_rows):
+        base_RV = _logits(objective, base_LD[start:start + n_rows]).log_softmax(-1)
         for j, base_V in enumerate(base_RV, start):             # the thought behind token j
             token, mixed_V, weight, thought_T = line.prompt[j + 1], base_V, 0.0, None
             if j in found:
@@ -169,7 +169,7 @@ def _logits(objective, hidden_RD):
 
 def _think_at(quiet: QuietSTaR, ids_BL, thinks_L) -> dict[int, tuple]:
     """By position that thinks: mixed state, mixing weight, thought and reward."""
-    position_P = thinks_L.nonzero()[:, 0]
+    position_P = thinks_L.nonzero()[:, 0].to(ids_BL.device)
     P, position_BP = len(position_P), None if thinks_L.all() else position_P[None]
     _, mixed_BNPD, weight_BNP, thought_BNPT = quiet.predict(ids_BL, position_BP)
     outcome = quiet(ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), position_BP,
