@@ -87,6 +87,12 @@ def test_a_gate_at_0_is_always_and_at_infinity_is_never_token_for_token(temperat
     assert run(gate=Gate(0.0))[4].all() and not run(gate=Gate(torch.inf))[4].any()
 
 
+def test_a_gate_at_0_opens_even_where_the_base_is_certain():
+    logits_RV = torch.tensor([[0.0, -torch.inf, -torch.inf], [0.0, -200.0, -200.0]])
+    assert Gate(0.0).score(None, logits_RV).tolist() == [0, 0]
+    assert Gate(0.0).opens(None, logits_RV).all() and not Gate(1e-9).opens(None, logits_RV).any()
+
+
 def test_the_gate_sees_the_base_alone_and_what_it_shuts_costs_one_pass():
     quiet, ids_BL, length_B = tiny_quiet(thought_len=4), texts(6, 5), torch.full((6,), 5)
     hidden_BD = quiet.model(ids_BL, CausalContext(torch.arange(5).expand(6, -1)))[:, -1]
