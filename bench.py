@@ -44,6 +44,7 @@ class BenchConfig:
     length: int = 256                 # tokens of a text, or of the context when generating
     batch: int = 1                    # texts
     recompute: int = 0                # activation checkpointing of every n-th block; 0 none, 1 all
+    compile: bool = False             # of the blocks in training, of whole passes in generation
     rounds: int = 3                   # fresh processes per variant
     variant: str = ""                 # measure only this, in this process, and print it as JSON
 
@@ -117,11 +118,14 @@ def runner(cfg: BenchConfig, quiet: QuietSTaR, device: str):
     valid_BL = torch.ones_like(ids_BL, dtype=torch.bool)
     uniform_BNPT = torch.rand(cfg.batch, c.n_thoughts, cfg.length - 1, c.thought_len, device=device)
     if name in ("generate", "decode"):
-        return Generator(quiet, ids_BL, valid_BL.sum(1), 64, 0, think=name == "generate").step
+        return Generator(quiet, ids_BL, valid_BL.sum(1), 64, 0, think=name == "generate",
+                         compiled=cfg.compile).step
     if name == "rethink":
         return lambda: naive_step(quiet, ids_BL[0])
     if name == "sampling":
         return lambda: quiet.think(ids_BL, every_position(ids_BL), uniform_BNPT, True)
+    if cfg.compile:
+        quiet.model.compile_blocks()
     losses = {"quiet": lambda: quiet(ids_BL, valid_BL, uniform_BNPT=uniform_BNPT).loss,
               "plain": lambda: plain(ids_BL, valid_BL).loss,
               "naive": lambda: naive_objective(quiet, ids_BL, valid_BL, uniform_BNPT=uniform_BNPT)}

@@ -26,6 +26,7 @@ from model import CausalContext, KVCache
 from thoughts import QuietSTaR, mix
 
 VISIBLE_DRAWS = 4                         # purpose of random numbers; train.py has 1 to 3
+COMPILED = dict(mode="reduce-overhead", fullgraph=True, dynamic=False)     # that is, CUDA graphs
 
 
 @dataclass
@@ -103,13 +104,13 @@ class Generator:
     `max_new` tokens can follow. Thoughts are greedy; visible tokens are chosen as `choose_visible`
     says. The numbers that draw them come from `generator`, or from `streams`, one for each row:
     then no text depends on its neighbours. Without a `gate` every token is thought about; without
-    `think` none is.
+    `think` none is. `compiled`: torch.compile and CUDA graphs, for many tokens on a GPU.
     """
     @torch.no_grad()
     def __init__(self, model, ids_BL, length_B, max_new: int, temperature: float = 1.0,
                  top_k: int = 0, generator: torch.Generator | None = None, think: bool = True,
                  top_p: float = 1.0, streams: list[np.random.Generator] | None = None,
-                 gate: Gate | None = None):
+                 gate: Gate | None = None, compiled: bool = False):
         self.quiet = model if isinstance(model, QuietSTaR) and think else None
         self.mistral = model.model if isinstance(model, QuietSTaR) else model
         self.markers = list(model.config.marker_ids) if isinstance(model, QuietSTaR) else []
@@ -123,15 +124,21 @@ class Generator:
                              f"context is {context}: shorten the prompt or lower --max_new")
         weight, self.position_B1 = self.mistral.embed.weight, length_B[:, None] - 1
         self.cache = KVCache(self.mistral.config, len(ids_BL), slots, weight.device, weight.dtype)
+        self.transform, self.compiled = self.mistral.transform, compiled
         every_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
         self.longest, self.last_B1 = ids_BL.shape[1], ids_BL.gather(1, self.position_B1)
         # fill the cache; the last token is read again
         self._read(self.mistral.embed(ids_BL), every_BL, self.cache)
+        if compiled:
+            self.transform = torch.compile(self.mistral.transform, **COMPILED)
+            for store in (self.cache.k_BKLE, self.cache.v_BKLE):
+                torch._dynamo.mark_static_address(store)     # graphs write to it where it lies
 
     def _read(self, x_BSD, position_BS, cache):
         """One pass over new tokens at their positions; hidden states."""
-        context = CausalContext(position_BS, cache, self.longest + self.n_thought)
-        return self.mistral.transform(x_BSD, context)
+        length = None if self.compiled else self.longest + self.n_thought
+        hidden_BSD = self.transform(x_BSD, CausalContext(position_BS, cache, length))
+        return hidden_BSD.clone() if self.compiled else hidden_BSD     # the next pass overwrites it
 
     @torch.no_grad()
     def step(self) -> Emitted:

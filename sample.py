@@ -50,6 +50,7 @@ class SampleConfig:
     threshold: float = 0.0            # show only thoughts that gained or lost so many nats
     json: bool = False                # a line of JSON per token, with everything
     html: str = ""                    # file: a page that shows everything
+    compile: bool = False             # the first token takes minutes, the others less (on a GPU)
     device: str = "auto"              # auto | cpu | cuda
 
     def __post_init__(self):
@@ -67,6 +68,9 @@ class SampleConfig:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"--samples={self.samples} are all the same at --temperature=0: "
                              "raise it")
+        if self.compile and self.gate and self.samples > 1:
+            raise ValueError(f"--compile with --gate and --samples={self.samples}: how many texts "
+                             "think would change from pass to pass; leave one of them out")
         if self.show_thoughts and (self.json or self.think == "never"):
             other = "--json" if self.json else "--think=never"
             raise ValueError(f"--show-thoughts and {other} contradict each other")
@@ -89,7 +93,7 @@ def generate(cfg: SampleConfig, objective, tokenizer, gate: Gate | None,
     length_B = torch.full_like(ids_BL[:, 0], len(ids))
     texts = Generator(model, ids_BL, length_B, cfg.max_new, cfg.temperature, cfg.top_k,
                       think=cfg.think != "never", top_p=cfg.top_p, gate=gate,
-                      streams=row_streams(cfg.seed, range(cfg.samples)))
+                      streams=row_streams(cfg.seed, range(cfg.samples)), compiled=cfg.compile)
     stop = cfg.stop.replace("\\n", "\n")
     lines = [Line(tokenizer, ids, sample, stop) for sample in range(cfg.samples)]
     view = View(sys.stdout, cfg.show_thoughts, cfg.json, cfg.threshold)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attention import FoldedAttention, thought_attention
+from generate import Generator
 from thoughts import every_position
 from toys import texts, tiny_quiet, uniforms
 
@@ -55,3 +56,13 @@ def test_sampling_in_bfloat16_stays_near_float32():
     with torch.autocast("cuda", torch.bfloat16):
         rounded = quiet.predict(ids_BL, every_position(ids_BL), thought_BNPT=thought_BNPT)[1]
     assert (rounded - exact).norm() / exact.norm() < 0.05
+
+
+def test_cuda_graphs_emit_what_eager_passes_emit():
+    quiet, ids_BL, length_B = tiny_quiet().cuda(), texts(2, 6).cuda(), torch.tensor([6, 4]).cuda()
+    eager, graphs = (Generator(quiet, ids_BL, length_B, 8, temperature=0, compiled=compiled)
+                     for compiled in (False, True))
+    for _ in range(8):
+        ours, theirs = graphs.step(), eager.step()
+        assert torch.equal(ours.token_B, theirs.token_B)
+        assert torch.equal(ours.thought_BT, theirs.thought_BT)

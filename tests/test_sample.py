@@ -43,6 +43,19 @@ def grow(quiet, ids_BL, length_B, n: int = 6, **options):
         "token_B", "mixing_weight_B", "gain_B", "thought_BT", "thinks_B")]
 
 
+def test_compiled_passes_emit_the_same_and_are_compiled_whole_and_only_twice(monkeypatch):
+    """A pass of two tokens, one of one; on a GPU each becomes a CUDA graph."""
+    monkeypatch.setattr("generate.COMPILED", dict(backend="aot_eager", fullgraph=True,
+                                                  dynamic=False))
+    quiet, ids_BL = tiny_quiet(model=dict(n_layers=1)), texts(2, 6)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = grow(quiet, ids_BL, torch.tensor([6, 4]), temperature=0, compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    for a, b in zip(compiled, grow(quiet, ids_BL, torch.tensor([6, 4]), temperature=0)):
+        torch.testing.assert_close(a, b)
+
+
 def test_without_thoughts_it_is_the_base_model_decoded_greedily():
     quiet, text = tiny_quiet(), texts(1, 5)
     stream = Generator(quiet, text, torch.tensor([5]), max_new=6, temperature=0, think=False)
@@ -341,6 +354,8 @@ def test_a_mistake_is_one_line(call, checkpoint, game, tmp_path, monkeypatch):
             ([base, "--prompt=ball", "--think=gate", "--gate=1"], "has no thoughts to show"),
             ([given, "--show-thoughts", "--think=never"], "contradict"),
             ([given, "--show-thoughts", "--json"], "contradict"),
+            ([given, "--compile", "--samples=2", "--temperature=1", "--think=gate", "--gate=1"],
+             "would change from pass to pass"),
             ([given, "--think=sometimes"], "not one of always, never, gate"),
             ([given, "--think=gate"], "need each other"), ([given, "--gate=1"], "need each other"),
             ([given, "--prompt=ball", "--think=gate", "--gate=x"], "neither a number of nats"),
