@@ -112,11 +112,11 @@ def curves(logs: tuple[str, ...], out: str):
 
 def difficulty(path: str, out: str):
     """NLL by how hard a token is for the base, and what thinking changes."""
-    bins = json.loads(Path(path).read_text())["difficulty"]
+    bins = json.loads(Path(path).read_text())["bins"]["nll_base"]
     figure, (nll, gain) = canvas(2)
     x = np.arange(1, len(bins) + 1)
     base, mixed = (np.array([row[name] for row in bins]) for name in ("nll_base", "nll_mixed"))
-    low, high = np.array([row["interval_gain"] for row in bins]).T
+    low, high = np.array([(row["gain"]["low"], row["gain"]["high"]) for row in bins]).T
     nll.plot(x, base, color=BASE, marker="o", label="without thoughts")
     nll.plot(x, mixed, color=MIXED, marker="o", label="with thoughts")
     nll.set(title="NLL (nats)", xlabel="tokens, easiest to hardest tenth for the base")
