@@ -239,7 +239,7 @@ def score_data(objective, tokenizer, cfg: EvalConfig, place) -> dict:
     scores = measure()
     units = scores.units()
     result = dict(of=dict(sources=token_file.meta["sources"], split=cfg.split, texts=cfg.texts,
-                          length=cfg.length, tokens=len(scores.text)), thoughts=cfg.thoughts,
+                          length=cfg.length), tokens=len(scores.text), thoughts=cfg.thoughts,
                   temperatures=dict(nll=scores.temperatures), units=units,
                   bins={by: bins(scores, by) for by in BINNED})
     if shell_game.plays(tokenizer) and scores.thought.shape[1]:

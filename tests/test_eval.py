@@ -173,7 +173,7 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(call, game, tmp_
     status, out, _ = call(evaluation, *argv, f"--out={tmp_path}/scores.json")
     told = json.loads((tmp_path / "scores.json").read_text())
     assert status == 0 and f"{told['nll_mixed']['mean']:.4f}" in out
-    assert told["of"]["tokens"] == 20 and 0 <= told["working_is_right"]["mean"] <= 1
+    assert told["tokens"] == 20 and 0 <= told["working_is_right"]["mean"] <= 1
     assert set(told["bins"]) == {"nll_base", "entropy_base", "mixing_weight"}
     status, out, _ = call(evaluation, *argv, f"--against={tmp_path}/scores.json", "--thoughts=none",
                           f"--out={tmp_path}/none.json")
@@ -211,7 +211,7 @@ def test_two_ranks_score_the_same_tokens_as_one(call, tmp_path):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
-    assert one == two and one["of"]["tokens"] > 0
+    assert one == two and one["tokens"] > 0
 
 
 def test_a_mistake_is_one_line(call, game, tmp_path):
