@@ -4,6 +4,10 @@ import os
 import random
 from pathlib import Path
 
+import tokenizer as tokenizers
+import weights
+from toys import tiny_mistral, tiny_quiet
+
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[1] / "../shared/data"))
 WHO = ["Zoë", "The baker", "Mr O'Neil", "Natalia", "A train"]
 WHAT = ["apples", "miles", "$5 coins", "naïve cats", "litres of 2% milk"]
@@ -46,3 +50,17 @@ def files(task: str, folder: Path, n: int) -> list[Path]:
     make = gsm8k if task == "gsm8k" else commonsense_qa
     real = DATA / REAL[task]
     return [write(folder / f"{task}.jsonl", make(n)), *([real] if real.exists() else [])]
+
+
+def school(folder: Path, n_rows: int = 11) -> Path:
+    """A folder with questions, a tokenizer trained on such, and models: quiet/ thinks, plain/ not.
+    """
+    write(folder / "gsm8k.jsonl", gsm8k(n_rows))
+    write(folder / "commonsense_qa.jsonl", commonsense_qa(n_rows))
+    texts = [row["question"] + " A B C D E Therefore, the answer is\n\n" for row in gsm8k(300)]
+    (folder / "tokenizer.model").write_bytes(tokenizers.train(texts, 420))
+    tokenizer = tokenizers.load(folder)
+    shape = dict(vocab_size=tokenizer.vocab_size, max_seq_len=512)
+    weights.save(tiny_quiet(model=shape), folder / "quiet", tokenizer=tokenizer)
+    weights.save(tiny_mistral(1, **shape), folder / "plain", tokenizer=tokenizer)
+    return folder

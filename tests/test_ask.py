@@ -12,30 +12,18 @@ import torch
 import ask
 import eval as evaluation
 import predict
+import questions
 import tasks
 import tokenizer as tokenizers
 import weights
 from evidence import PLAIN
-from questions import commonsense_qa, gsm8k, write
-from toys import tiny_mistral, tiny_quiet
 
 N_ROWS = 11
 
 
 @pytest.fixture(scope="module")
 def school(tmp_path_factory):
-    """A folder with questions, a tokenizer trained on them, and a model that thinks: quiet/."""
-    folder = tmp_path_factory.mktemp("school")
-    rows = gsm8k(N_ROWS)
-    write(folder / "gsm8k.jsonl", rows)
-    write(folder / "commonsense_qa.jsonl", commonsense_qa(N_ROWS))
-    texts = [row["question"] + " A B C D E Therefore, the answer is\n\n" for row in gsm8k(300)]
-    (folder / "tokenizer.model").write_bytes(tokenizers.train(texts, 420))
-    tokenizer = tokenizers.load(folder)
-    shape = dict(vocab_size=tokenizer.vocab_size, max_seq_len=512)
-    weights.save(tiny_quiet(model=shape), folder / "quiet", tokenizer=tokenizer)
-    weights.save(tiny_mistral(1, **shape), folder / "plain", tokenizer=tokenizer)
-    return folder
+    return questions.school(tmp_path_factory.mktemp("school"), N_ROWS)
 
 
 def asked(call, school, out, task, *changes, model="quiet"):
@@ -118,11 +106,11 @@ def test_answers_thought_of_at_scored_positions_only_are_as_if_every_position_th
     """And they are what the released metric makes of the whole text's logits."""
     tokenizer = tokenizers.load(school)
     quiet = weights.load(school / "quiet")
-    questions = tasks.read("gsm8k", str(school / "gsm8k.jsonl"))
+    asked = tasks.read("gsm8k", str(school / "gsm8k.jsonl"))
     known = tasks.alphabets(tokenizer)
     answers = [tasks.locate(tokenizer.encode(f"{q.text}\nA:{q.answer}\n", bos=True), tokenizer,
-                            known) for q in questions]
-    rows = ask.direct(quiet, questions, answers, tokenizer,
+                            known) for q in asked]
+    rows = ask.direct(quiet, asked, answers, tokenizer,
                       SimpleNamespace(thoughts="own", task="gsm8k"))
     for row, answer in zip(rows, answers):
         base_BPD, mixed_BNPD, weight_BNP, _ = quiet.predict(torch.tensor([answer.ids]))
