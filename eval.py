@@ -14,7 +14,7 @@ a temperature is in every table; shuffled thoughts are --thoughts=swapped; furth
 thoughts and filler tokens are other checkpoints, and --against compares any two results pair by
 pair (evidence.py).
 
-Left out on purpose: tasks with formats of their own (harness.py), averages over seeds (figures.py).
+Left out on purpose: tasks with formats of their own (harness.py), averages over seeds (compare.py).
 
 Read next: predict.py
 """
@@ -240,7 +240,7 @@ def score_data(objective, tokenizer, cfg: EvalConfig, place) -> dict:
     units = scores.units()
     result = dict(of=dict(sources=token_file.meta["sources"], split=cfg.split, texts=cfg.texts,
                           length=cfg.length), tokens=len(scores.text), thoughts=cfg.thoughts,
-                  temperatures=dict(nll=scores.temperatures), units=units,
+                  thought_len=scores.thought.shape[1], temperatures=dict(nll=scores.temperatures), units=units,
                   bins={by: bins(scores, by) for by in BINNED})
     if shell_game.plays(tokenizer) and scores.thought.shape[1]:
         right = [shell_game.working_is_right(token_file.document(i), thought, tokenizer)
@@ -269,7 +269,8 @@ def show(result: dict, means: dict, cfg: EvalConfig):
     for measure, (first, second) in result["temperatures"].items():
         print(f"{measure} is sharpened at temperature {first:.2f} and {second:.2f}, each fitted on "
               "the other half")
-    for by, rows in result.get("bins", {}).items():
+    changed = means.get("nll_mixed-nll_base", dict(mean=0.0))["mean"] != 0
+    for by, rows in result.get("bins", {}).items() if changed else ():
         print(f"\nfrom the least to the greatest {by}\n  tokens  entropy  base nll  mixed nll"
               "  weight  gain")
         for row in rows:

@@ -26,4 +26,4 @@ for name in base plain quiet; do
   echo; echo "$name"
   python eval.py --checkpoint=$out/$name --data=$data --texts=150 --length=128 --out=$out/$name.json
 done
-python figures.py --kind=difficulty --input=$out/quiet.json --out=$out/difficulty.png
+python compare.py --kind=difficulty --input=$out/quiet.json --out=$out/difficulty.png
