@@ -214,8 +214,9 @@ class EvalConfig:
         if self.thoughts not in ("own", "swapped", "none"):
             raise ValueError(f"--thoughts={self.thoughts} is not one of own, swapped, none")
         if self.votes and self.thoughts == "swapped":
-            raise ValueError("--votes with --thoughts=swapped: text that is being written has "
-                             "nobody to swap thoughts with")
+            raise ValueError("--votes with --thoughts=swapped: text being written has none")
+        if self.against and not Path(self.against).is_file():
+            raise ValueError(f"--against={self.against} is not there: name the json of another run")
         if self.task and len(self.thought_len) > 1:
             raise ValueError(f"--thought_len={self.thought_len} sweeps over --data; a task takes "
                              "one length")
@@ -238,15 +239,16 @@ def score_data(objective, tokenizer, cfg: EvalConfig, place) -> dict:
                            cfg.batch, place)
     scores = measure()
     units = scores.units()
-    result = dict(of=dict(sources=token_file.meta["sources"], split=cfg.split, texts=cfg.texts,
-                          length=cfg.length), tokens=len(scores.text), thoughts=cfg.thoughts,
-                  thought_len=scores.thought.shape[1], temperatures=dict(nll=scores.temperatures), units=units,
+    of = dict(sources=token_file.meta["sources"], split=cfg.split, texts=cfg.texts,
+              length=cfg.length)
+    result = dict(of=of, tokens=len(scores.text), thoughts=cfg.thoughts, units=units,
+                  thought_len=scores.thought.shape[1], temperatures=dict(nll=scores.temperatures),
                   bins={by: bins(scores, by) for by in BINNED})
     if shell_game.plays(tokenizer) and scores.thought.shape[1]:
         right = [shell_game.working_is_right(token_file.document(i), thought, tokenizer)
                  for i, thought in zip(scores.text, scores.thought)]
         units["working_is_right"] = np.bincount(scores.text, right)[np.bincount(scores.text) > 0]
-    for length in cfg.thought_len[1:] and cfg.thought_len:
+    for length in cfg.thought_len if len(cfg.thought_len) > 1 else ():
         objective.config = replace(objective.config, thought_len=length)
         swept = summary(measure().units())
         result.setdefault("sweep", []).append(dict(thought_len=length, **swept))
@@ -255,16 +257,16 @@ def score_data(objective, tokenizer, cfg: EvalConfig, place) -> dict:
 
 def identity(folder: str) -> str:
     """Which weights: their folder, and when and how large they were written."""
-    found = weights.find_checkpoint(folder)
-    files = [path.stat() for path in sorted(found.glob("*")) if path.suffix in (".safetensors",
-                                                                                ".bin", ".pth")]
-    return f"{found}, " + ", ".join(f"{stat.st_size} bytes at {stat.st_mtime_ns}" for stat in files)
+    files = sorted(weights.find_checkpoint(folder).glob("*"))
+    return ", ".join(f"{path} of {path.stat().st_size} bytes at {path.stat().st_mtime_ns}"
+                     for path in files if path.suffix in (".safetensors", ".bin", ".pth"))
 
 
 def show(result: dict, means: dict, cfg: EvalConfig):
     """The same numbers for people."""
-    print(f"{result['of']}, thoughts: {cfg.thoughts}; 95 % intervals over "
-          + ("questions" if cfg.task else "texts"))
+    what, n = "questions" if cfg.task else "texts", len(result["units"]["count"])
+    print(f"{cfg.file or cfg.data}: {n} {what}, {result.get('tokens', n)} scored; thoughts: "
+          f"{cfg.thoughts}; 95 % intervals over {what}")
     print(table(means))
     for measure, (first, second) in result["temperatures"].items():
         print(f"{measure} is sharpened at temperature {first:.2f} and {second:.2f}, each fitted on "
@@ -283,7 +285,7 @@ def show(result: dict, means: dict, cfg: EvalConfig):
         print(f"{row['thought_len']:11d}  {cell(row['nll_mixed'])}  "
               f"{cell(row['nll_mixed-nll_base'], True)}")
     if cfg.against:
-        print(f"\nbeyond {cfg.against}, the same " + ("questions" if cfg.task else "texts"))
+        print(f"\nbeyond {cfg.against}, the same {what}")
         for name, value in result["differences"].items():
             print(f"{name:20s}{cell(value, True)}")
 
