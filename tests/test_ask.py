@@ -228,7 +228,7 @@ def test_scoring_with_thoughts_costs_at_most_t_plus_3_times_the_base(school):
     (["--task=gsm8k"], "its questions are in --file=FILE"),
     (["--task=sums", "--file=x"], "--task=sums"),
     (["--task=gsm8k", "--file=nowhere.jsonl"], "nowhere.jsonl"),
-    (["--task=gsm8k", "--file=x", "--votes=2", "--thoughts=swapped"], "text being written has none"),
+    (["--task=gsm8k", "--file=x", "--votes=2", "--thoughts=swapped"], "being written has none"),
     (["--task=gsm8k", "--file=x", "--thought_len=1,2"], "a task takes one length"),
     (["--task=commonsense_qa", "--file=GSM"], "GSM:1: not a row of commonsense_qa")])
 def test_a_mistake_is_one_line(call, school, changes, words):
