@@ -224,3 +224,12 @@ def test_a_mistake_is_one_line(call, game, tmp_path):
              "plain does not think")):
         status, _, stderr = call(evaluation, *argv)
         assert status == 2 and words in stderr and stderr.count("\n") == 1
+
+
+def test_progress_tells_the_time_that_is_left(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(evidence.time, "monotonic", lambda: clock[0])
+    progress = evidence.Progress(40, "asking", evaluation.ALONE)
+    for clock[0] in (20.0, 31.0, 40.0):
+        progress(10)
+    assert capsys.readouterr().err == "asking: 50% in 31 s, 31 s left\n"     # on no screen
