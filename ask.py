@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import tasks
+import weights
 from evidence import PLAIN, TEMPERATURES, Ledger, Progress, sharpened
 from predict import complete, predictions, thinks
 from tasks import MARKER, Question
@@ -42,7 +43,7 @@ DIRECT_TOKENS = 16                        # of a greedy answer at most
 NUMBER = re.compile(r"-?\s?\$?\d[\d,]*(?:\.\d+)?")
 
 
-def ask(objective, tokenizer, cfg, place, out: str, weights: str) -> dict:
+def ask(objective, tokenizer, cfg, place, out: str) -> dict:
     """Every question of cfg.file (or the --limit subset), this rank's share of the batches.
 
     What was answered stands in a jsonl beside `out`, a line per question, and is not asked again.
@@ -52,7 +53,7 @@ def ask(objective, tokenizer, cfg, place, out: str, weights: str) -> dict:
     questions = [questions[i] for i in tasks.subset(len(questions), cfg.limit)]
     of = dict(task=cfg.task, sha256=hashlib.sha256(Path(cfg.file).read_bytes()).hexdigest(),
               questions=len(questions))
-    how = dict(weights=weights, thoughts=cfg.thoughts, votes=cfg.votes)
+    how = dict(weights=identity(cfg.checkpoint), thoughts=cfg.thoughts, votes=cfg.votes)
     if thinks(objective, cfg.thoughts):
         how |= dict(thought_len=objective.config.thought_len)
     if cfg.votes:
@@ -76,6 +77,13 @@ def ask(objective, tokenizer, cfg, place, out: str, weights: str) -> dict:
     ledger.wait(place)
     units, fitted = measures([row for row in ledger.rows().values() if row["number"] in answers])
     return dict(of=of, **how, temperatures=fitted, units=units)
+
+
+def identity(folder: str) -> str:
+    """Which weights: their folder, and when and how large they were written."""
+    files = sorted(weights.find_checkpoint(folder).glob("*"))
+    return ", ".join(f"{path} of {path.stat().st_size} bytes at {path.stat().st_mtime_ns}"
+                     for path in files if path.suffix in (".safetensors", ".bin", ".pth"))
 
 
 def measures(rows: list[dict]) -> tuple[dict, dict]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import config
+from eval import BINNED
 from figures import BASE, MIXED, MUTED, canvas, runs
 
 CONTROLS = (                              # what is said, whose runs, which of their predictions
@@ -94,12 +95,12 @@ def difficulty(paths: tuple[str, ...], out: str):
     figure, axes = canvas(3, 4.0, 3.2)
     titles = {"nll_base": "NLL without thoughts (nats)", "mixing_weight": "mixing weight",
               "entropy_base": "entropy without thoughts (nats)"}
-    for ax, by in zip(axes, ("nll_base", "entropy_base", "mixing_weight")):
+    for ax, (name, by) in zip(axes, BINNED.items()):
         for path, marker in zip(paths, "os^v<>DPX*" * len(paths)):
             (result,), = runs((path,)).values()
-            rows = result["bins"][by]
-            mean, low, high = (np.array([row["gain"][k] for row in rows])
-                               for k in ("mean", "low", "high"))
+            rows = result[name]
+            mean = np.array([row["nll_base"] - row["nll_mixed"] for row in rows])
+            low, high = np.array([row["interval_gain"] for row in rows]).T
             ax.errorbar([row[by] for row in rows], mean, yerr=(mean - low, high - mean), capsize=2,
                         color=MIXED, ecolor=MUTED, marker=marker, markersize=4, linewidth=1,
                         alpha=0.8, label=Path(path).stem)

@@ -37,7 +37,7 @@ from evidence import TEMPERATURES, Progress, cell, compare, interval, sharpened,
 from predict import logits, pack_positions, states, thinks
 from thoughts import QuietSTaR
 
-BINNED = ("nll_base", "entropy_base", "mixing_weight")
+BINNED = dict(difficulty="nll_base", by_entropy="entropy_base", by_weight="mixing_weight")
 N_BINS = 10                               # equally many tokens in each
 ALONE = parallel.Place(0, 1, torch.device("cpu"))
 
@@ -50,14 +50,23 @@ class Scores:
     nll_mixed: np.ndarray                 # nats
     right_base: np.ndarray                # is the likeliest token (of the choices) the true one
     right_mixed: np.ndarray
-    entropy_base: np.ndarray              # nats
     mixing_weight: np.ndarray
-    nll_at: np.ndarray                    # [tokens, temperatures] of the base, nats
     thought: np.ndarray                   # [tokens, T] ids
+    entropy_base: np.ndarray | None = None  # nats
+    nll_at: np.ndarray | None = None      # [tokens, temperatures] of the base, nats
 
     @property
     def gain(self) -> np.ndarray:         # nats by which thinking helped
         return self.nll_base - self.nll_mixed
+
+    def mean(self, name: str) -> float:
+        return float(getattr(self, name).mean())
+
+    def interval(self, name: str, where=slice(None)) -> tuple[float, float]:
+        """95 % interval of the mean over tokens, resampling texts."""
+        text = np.unique(self.text[where], return_inverse=True)[1]
+        found = interval(np.bincount(text, getattr(self, name)[where]), np.bincount(text))
+        return found["low"], found["high"]
 
     def units(self) -> dict[str, np.ndarray]:
         """Each text's sums, under the names of the tables, and how many tokens were added up."""
@@ -99,19 +108,20 @@ def score(objective, ids_BL, where_BL, choices=None, thoughts: str = "own") -> S
     mixed = nll, right
     if mixed_RD is not base_RD:
         mixed = grade(objective, mixed_RD, target_R, choices)
-    return Scores(text_R.cpu().numpy(), nll, mixed[0], right, mixed[1], entropy,
-                  weight_R.float().cpu().numpy(), nll_at, thought_RT.cpu().numpy())
+    return Scores(text_R.cpu().numpy(), nll, mixed[0], right, mixed[1],
+                  weight_R.float().cpu().numpy(), thought_RT.cpu().numpy(), entropy, nll_at)
 
 
 def held_out_texts(token_file, n_texts: int, length: int):
-    """The first documents of a split, cut at `length` tokens: ids_BL, length_B."""
+    """The first documents of a split, cut at `length` tokens: ids_BL, valid_BL."""
     docs = [token_file.document(i)[:length] for i in range(min(n_texts, token_file.n_docs))]
     if not docs:
         raise ValueError(f"{token_file.path} holds no document to evaluate on: raise --val_share")
-    ids_BL = torch.zeros(len(docs), max(2, max(len(doc) for doc in docs)), dtype=torch.long)
+    width = max(2, max(len(doc) for doc in docs))
+    ids_BL = torch.zeros(len(docs), width, dtype=torch.long)
     for row, doc in enumerate(docs):
         ids_BL[row, :len(doc)] = torch.as_tensor(doc)
-    return ids_BL, torch.tensor([len(doc) for doc in docs])
+    return ids_BL, torch.arange(width) < torch.tensor([len(doc) for doc in docs])[:, None]
 
 
 def score_texts(objective, token_file, tokenizer, n_texts: int, length: int, thoughts: str = "own",
@@ -120,8 +130,8 @@ def score_texts(objective, token_file, tokenizer, n_texts: int, length: int, tho
 
     Texts of like length share a batch, the longest first; the ranks of `place` share the batches.
     """
-    ids_BL, length_B = held_out_texts(token_file, n_texts, length)
-    where_BL = torch.arange(1, ids_BL.shape[1] + 1) < length_B[:, None]
+    ids_BL, valid_BL = held_out_texts(token_file, n_texts, length)
+    where_BL, length_B = torch.nn.functional.pad(valid_BL[:, 1:], (0, 1)), valid_BL.sum(1)
     choices, device = None, objective.model.embed.weight.device
     if shell_game.plays(tokenizer):
         where_BL &= shell_game.answer_positions(ids_BL, tokenizer)
@@ -166,21 +176,16 @@ def held_out(objective, token_file, tokenizer, n_texts: int, length: int) -> dic
              "accuracy/mixed": "right_mixed", "mixing_weight": "mixing_weight"}
     if not isinstance(objective, QuietSTaR):
         names = {"nll/base": "nll_base", "accuracy/base": "right_base"}
-    return {key: float(getattr(scores, name).mean()) for key, name in names.items()}
+    return {key: scores.mean(name) for key, name in names.items()}
 
 
 def bins(scores: Scores, by: str) -> list[dict]:
     """Bins of equally many tokens, from the least to the greatest `by`, a name of Scores."""
     order = np.argsort(getattr(scores, by), kind="stable")
-    rows = []
-    for part in np.array_split(order, N_BINS):
-        if len(part):
-            text = np.unique(scores.text[part], return_inverse=True)[1]
-            gain = interval(np.bincount(text, scores.gain[part]), np.bincount(text))
-            rows.append(dict(tokens=len(part), gain=gain, **{
-                name: float(getattr(scores, name)[part].mean()) for name in
-                ("nll_base", "nll_mixed", "entropy_base", "mixing_weight")}))
-    return rows
+    names = ("nll_base", "nll_mixed", "entropy_base", "mixing_weight")
+    return [dict(tokens=len(part), interval_gain=scores.interval("gain", part),
+                 **{name: float(getattr(scores, name)[part].mean()) for name in names})
+            for part in np.array_split(order, N_BINS) if len(part)]
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,7 @@ def score_data(objective, tokenizer, cfg: EvalConfig, place) -> dict:
               length=cfg.length)
     result = dict(of=of, tokens=len(scores.text), thoughts=cfg.thoughts, units=units,
                   thought_len=scores.thought.shape[1], temperatures=dict(nll=scores.temperatures),
-                  bins={by: bins(scores, by) for by in BINNED})
+                  **{name: bins(scores, by) for name, by in BINNED.items()})
     if shell_game.plays(tokenizer) and scores.thought.shape[1]:
         right = [shell_game.working_is_right(token_file.document(i), thought, tokenizer)
                  for i, thought in zip(scores.text, scores.thought)]
@@ -253,13 +258,6 @@ def score_data(objective, tokenizer, cfg: EvalConfig, place) -> dict:
         swept = summary(measure().units())
         result.setdefault("sweep", []).append(dict(thought_len=length, **swept))
     return result
-
-
-def identity(folder: str) -> str:
-    """Which weights: their folder, and when and how large they were written."""
-    files = sorted(weights.find_checkpoint(folder).glob("*"))
-    return ", ".join(f"{path} of {path.stat().st_size} bytes at {path.stat().st_mtime_ns}"
-                     for path in files if path.suffix in (".safetensors", ".bin", ".pth"))
 
 
 def show(result: dict, means: dict, cfg: EvalConfig):
@@ -272,13 +270,13 @@ def show(result: dict, means: dict, cfg: EvalConfig):
         print(f"{measure} is sharpened at temperature {first:.2f} and {second:.2f}, each fitted on "
               "the other half")
     changed = means.get("nll_mixed-nll_base", dict(mean=0.0))["mean"] != 0
-    for by, rows in result.get("bins", {}).items() if changed else ():
-        print(f"\nfrom the least to the greatest {by}\n  tokens  entropy  base nll  mixed nll"
-              "  weight  gain")
-        for row in rows:
-            print(f"{row['tokens']:8d} {row['entropy_base']:8.3f} {row['nll_base']:9.3f} "
-                  f"{row['nll_mixed']:10.3f} {row['mixing_weight']:+7.3f}  "
-                  f"{cell(row['gain'], signed=True)}")
+    for name in [name for name in BINNED if name in result and changed]:
+        print(f"\nfrom the least to the greatest {BINNED[name]}\n  tokens  entropy  base nll  mixed"
+              " nll  weight  gain")
+        for row in result[name]:
+            gain = row["nll_base"] - row["nll_mixed"], *row["interval_gain"]
+            print("{tokens:8d} {entropy_base:8.3f} {nll_base:9.3f} {nll_mixed:10.3f} "
+                  "{mixing_weight:+7.3f}".format(**row), "{:+.4f} [{:+.4f}, {:+.4f}]".format(*gain))
     if "sweep" in result:
         print("\nthought_len  nll thinking, and what it changed")
     for row in result.get("sweep", []):
@@ -301,7 +299,7 @@ def main():
         objective.config = replace(objective.config, thought_len=cfg.thought_len[0])
     out = cfg.out or (cfg.task and str(Path(cfg.checkpoint, cfg.name + ".json")))
     if cfg.task:
-        result = ask.ask(objective, tokenizer, cfg, place, out, identity(cfg.checkpoint))
+        result = ask.ask(objective, tokenizer, cfg, place, out)
     else:
         result = score_data(objective, tokenizer, cfg, place)
     means = summary(result["units"])

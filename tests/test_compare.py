@@ -59,10 +59,9 @@ def test_every_run_and_every_mean_stands_where_its_number_is(drawn, tmp_path, ca
 
 
 def test_gains_stand_over_what_their_tenth_is_like(drawn, tmp_path, call):
-    rows = [dict(nll_base=1.0 * i, entropy_base=2.0 * i, mixing_weight=0.1 * i,
-                 gain=dict(mean=0.5 * i, low=0.4 * i, high=0.7 * i)) for i in range(10)]
-    path = write(tmp_path, "thinking", 0, bins=dict.fromkeys(
-        ("nll_base", "entropy_base", "mixing_weight"), rows))
+    rows = [dict(nll_base=1.0 * i, nll_mixed=0.5 * i, entropy_base=2.0 * i, mixing_weight=0.1 * i,
+                 interval_gain=(0.4 * i, 0.7 * i)) for i in range(10)]
+    path = write(tmp_path, "thinking", 0, difficulty=rows, by_entropy=rows, by_weight=rows)
     assert call(compare, "--kind=difficulty", f"--input={path}",
                 f"--out={tmp_path}/difficulty.png")[0] == 0
     for ax, step in zip(drawn, (1.0, 2.0, 0.1)):

@@ -131,18 +131,18 @@ def test_a_paired_difference_is_surer_than_its_parts():
     assert high - low < (found["nll_base"]["high"] - found["nll_base"]["low"]) / 50
 
 
-@pytest.mark.parametrize("by", evaluation.BINNED)
+@pytest.mark.parametrize("by", evaluation.BINNED.values())
 def test_bins_run_from_the_least_to_the_greatest_and_hold_every_token(by):
     rng = np.random.default_rng(0)
-    values = {name: rng.exponential(size=95) for name in evaluation.BINNED}
+    values = {name: rng.exponential(size=95) for name in evaluation.BINNED.values()}
     scores = scores_of(np.arange(95) // 2, values.pop("nll_base"), nll_mixed=rng.normal(size=95),
                        **values)
     rows = evaluation.bins(scores, by)
     assert sum(row["tokens"] for row in rows) == 95 and len(rows) == 10
     assert all(a[by] < b[by] for a, b in zip(rows, rows[1:]))
     for row in rows:
-        assert row["gain"]["mean"] == pytest.approx(row["nll_base"] - row["nll_mixed"])
-        assert row["gain"]["low"] <= row["gain"]["mean"] <= row["gain"]["high"]
+        low, high = row["interval_gain"]
+        assert low <= row["nll_base"] - row["nll_mixed"] <= high
 
 
 def test_the_sharpened_base_has_the_temperature_that_suits_the_other_half_of_the_texts():
@@ -174,7 +174,7 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(call, game, tmp_
     told = json.loads((tmp_path / "scores.json").read_text())
     assert status == 0 and f"{told['nll_mixed']['mean']:.4f}" in out
     assert told["tokens"] == 20 and 0 <= told["working_is_right"]["mean"] <= 1
-    assert set(told["bins"]) == {"nll_base", "entropy_base", "mixing_weight"}
+    assert len(told["difficulty"]) == len(told["by_entropy"]) == len(told["by_weight"]) == 10
     status, out, _ = call(evaluation, *argv, f"--against={tmp_path}/scores.json", "--thoughts=none",
                           f"--out={tmp_path}/none.json")
     none = json.loads((tmp_path / "none.json").read_text())
