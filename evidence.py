@@ -88,14 +88,13 @@ def table(result: dict[str, dict]) -> str:
     measures = dict.fromkeys(name.rpartition("_")[0] for name in result
                              if name.endswith("_base") and "-" not in name)
     heads = [*VARIANTS.values(), "thinking - not", "thinking - sharpened"]
-    lines = [" " * 8 + "".join(f"{head:>28s}" for head in heads)]
+    lines = [" " * 8 + "".join(f"{head:>28s}" for head in heads)] if measures else []
     for m in measures:
         names = [f"{m}_{variant}" for variant in VARIANTS]
         names += [f"{m}_mixed-{m}_base", f"{m}_mixed-{m}_sharp"]
         lines.append(f"{m:8s}" + "".join(f"{cell(result.get(n), '-' in n):>28s}" for n in names))
     others = [n for n in result if n.rpartition("_")[0] not in measures and "-" not in n]
-    return "\n".join([*lines, *(f"{name:36s}{cell(result[name])}" for name in others)]
-                     if measures else [f"{name:36s}{cell(result[name])}" for name in others])
+    return "\n".join([*lines, *(f"{name:36s}{cell(result[name])}" for name in others)])
 
 
 def cell(value: dict | None, signed: bool = False) -> str:
