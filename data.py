@@ -31,7 +31,7 @@ from tokenizer import load
 def read_texts(path: str, fields: tuple[str, ...]) -> Iterator[str]:
     """The documents of a file: all of a .txt, else `fields` of each row joined by newlines."""
     fields = ("text",) if path.endswith(".txt") else fields
-    for number, row in _rows(path):
+    for number, row in read_rows(path):
         has = [name for name in row if isinstance(row[name], str)] if isinstance(row, dict) else []
         missing = [field for field in fields if field not in has]
         if missing:
@@ -40,8 +40,8 @@ def read_texts(path: str, fields: tuple[str, ...]) -> Iterator[str]:
         yield text.encode(errors="replace").decode()           # JSON can hold half a surrogate
 
 
-def _rows(path: str) -> Iterator[tuple[int, dict]]:
-    """Line number, from 1, and row."""
+def read_rows(path: str) -> Iterator[tuple[int, dict]]:
+    """Line number, from 1, and row; ValueError, one line, for a file that is damaged."""
     line = 1
     try:
         if path.endswith(".txt"):

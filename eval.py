@@ -1,33 +1,45 @@
-"""Does thinking help? Held-out likelihood and accuracy, with and without, easy to hard tokens.
+"""Does thinking help? The same text predicted with and without, and what else could explain it.
 
     python eval.py --checkpoint=out/quiet --data=data/gsm8k --texts=100
     python eval.py --checkpoint=out/quiet --data=data/shell_game/silent --thoughts=swapped
+    python eval.py --checkpoint=out/quiet --task=gsm8k --file=gsm8k_test.jsonl
+    python eval.py --checkpoint=out/quiet --task=gsm8k --file=gsm8k_test.jsonl --votes=8 --limit=128
+    torchrun --nproc_per_node=8 eval.py ... --against=out/plain/gsm8k.json
 
 Every scored token is predicted twice by the same model: by the base state, and by that state mixed
-with the one after a single greedy thought (a true argmax) at that position. Only scored positions
-think. Intervals are 95 % bootstrap intervals over whole texts, because tokens of one text are not
-independent. On the shell game the scored tokens are the hidden answers, chosen among the five cups.
+with the one after a single greedy thought at that position; only scored positions think. They are
+the next tokens of a token file (on the shell game the hidden answers, among the five cups), or the
+answers of a task (tasks.py, ask.py). The controls stand on the same footing: the base sharpened by
+a temperature is in every table; shuffled thoughts are --thoughts=swapped; further training without
+thoughts and filler tokens are other checkpoints, and --against compares any two results pair by
+pair (evidence.py).
 
-Left out on purpose: evaluating over several processes, and tasks with a format of their own.
+Left out on purpose: tasks with formats of their own (harness.py), averages over seeds (compare.py).
 
-Read next: weights.py
+Read next: predict.py
 """
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
+import ask
 import config
 import data
+import parallel
 import shell_game
+import tasks
 import tokenizer as tokenizers
 import weights
-from model import CausalContext
-from thoughts import QuietSTaR, base_at
+from evidence import TEMPERATURES, Progress, cell, compare, interval, sharpened, summary, table
+from predict import logits, pack_positions, states, thinks
+from thoughts import QuietSTaR
 
-N_BINS = 10                               # of base difficulty, equally many tokens in each
-N_BOOTSTRAP = 1000
+BINNED = dict(difficulty="nll_base", by_entropy="entropy_base", by_weight="mixing_weight")
+N_BINS = 10                               # equally many tokens in each
+ALONE = parallel.Place(0, 1, torch.device("cpu"))
 
 
 @dataclass
@@ -40,6 +52,8 @@ class Scores:
     right_mixed: np.ndarray
     mixing_weight: np.ndarray
     thought: np.ndarray                   # [tokens, T] ids
+    entropy_base: np.ndarray | None = None  # nats
+    nll_at: np.ndarray | None = None      # [tokens, temperatures] of the base, nats
 
     @property
     def gain(self) -> np.ndarray:         # nats by which thinking helped
@@ -50,67 +64,52 @@ class Scores:
 
     def interval(self, name: str, where=slice(None)) -> tuple[float, float]:
         """95 % interval of the mean over tokens, resampling texts."""
-        text, value = self.text[where], getattr(self, name)[where].astype(float)
-        total, count = np.bincount(text, value), np.bincount(text)
-        total, count = total[count > 0], count[count > 0]
-        equal = np.full(len(count), 1 / len(count))
-        draws = np.random.default_rng(0).multinomial(len(count), equal, size=N_BOOTSTRAP)
-        return tuple(np.percentile(draws @ total / (draws @ count), (2.5, 97.5)))
+        text = np.unique(self.text[where], return_inverse=True)[1]
+        found = interval(np.bincount(text, getattr(self, name)[where]), np.bincount(text))
+        return found["low"], found["high"]
+
+    def units(self) -> dict[str, np.ndarray]:
+        """Each text's sums, under the names of the tables, and how many tokens were added up."""
+        nll_sharp, self.temperatures = sharpened(self.nll_at, self.text, least=True)
+        values = {name: getattr(self, name) for name in
+                  ("nll_base", "nll_mixed", "right_base", "right_mixed", "mixing_weight")}
+        values |= dict(nll_sharp=nll_sharp, count=np.ones(len(self.text)))
+        count = np.bincount(self.text)
+        return {name: np.bincount(self.text, values[name])[count > 0] for name in values}
 
 
-def pack_positions(where_BL):
-    """Each text's chosen positions, [B, P], and which are real: shorter rows repeat their first."""
-    count_B1 = where_BL.sum(1, keepdim=True)
-    order_BL = where_BL.int().argsort(dim=1, descending=True, stable=True)
-    order_BP = order_BL[:, :max(1, int(count_B1.max()))]
-    real_BP = torch.arange(order_BP.shape[1], device=where_BL.device) < count_B1
-    return torch.where(real_BP, order_BP, order_BP[:, :1]), real_BP
-
-
-def nll_and_right(hidden_RD, head_VD, target_R, choices):
-    """-log p of the target among all tokens (nats), and whether it is the best of the `choices`."""
-    nll, right = [], []
+@torch.no_grad()
+def grade(objective, hidden_RD, target_R, choices, temperatures=()):
+    """Of the target: -log p among all tokens (nats), whether it is the best of the `choices`, the
+    entropy of what was predicted, and -log p at each temperature, [R, K]."""
+    found = []
     for hidden_rD, target_r in zip(hidden_RD.split(1024), target_R.split(1024)):
-        logits_rV = torch.nn.functional.linear(hidden_rD, head_VD.to(hidden_rD.dtype)).float()
-        nll.append(torch.nn.functional.cross_entropy(logits_rV, target_r, reduction="none"))
+        logits_rV = logits(objective, hidden_rD)
+        at_r1 = logits_rV.gather(1, target_r[:, None])
+        logp_rV = logits_rV.log_softmax(-1)
         best_r = (logits_rV.argmax(-1) if choices is None else
                   choices[logits_rV[:, choices].argmax(-1)])
-        right.append(best_r == target_r)
-    return torch.cat(nll).cpu().numpy(), torch.cat(right).cpu().numpy()
+        nll_rK = [(logits_rV / t).logsumexp(-1, keepdim=True) - at_r1 / t for t in temperatures]
+        found.append((-logp_rV.gather(1, target_r[:, None])[:, 0], best_r == target_r,
+                      torch.special.entr(logp_rV.exp()).sum(-1),
+                      torch.cat(nll_rK, dim=1) if nll_rK else at_r1[:, :0]))
+    return [torch.cat(parts).cpu().numpy() for parts in zip(*found)]
 
 
 @torch.no_grad()
 def score(objective, ids_BL, where_BL, choices=None, thoughts: str = "own") -> Scores:
-    """Score the tokens that follow the positions `where_BL`.
-
-    `thoughts`: own | swapped (every position is given the thought of another, for the same model) |
-    none. `objective` is a QuietSTaR, or anything with a `.model`, which then predicts alone.
-    """
+    """Score the tokens that follow the positions `where_BL`; `thoughts` as in `states`."""
     position_BP, real_BP = pack_positions(where_BL)
     target_R = ids_BL.gather(1, position_BP + 1)[real_BP]
     text_R = torch.arange(len(ids_BL), device=ids_BL.device)[:, None].expand_as(real_BP)[real_BP]
-    head_VD = objective.model.head.weight
-    if thoughts == "none" or not isinstance(objective, QuietSTaR):
-        every_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
-        hidden_BLD = objective.model(ids_BL, CausalContext(every_BL))
-        base_RD = base_at(hidden_BLD, position_BP, 1)[:, :, 0][real_BP]
-        nll, right = nll_and_right(base_RD, head_VD, target_R, choices)
-        return Scores(text_R.cpu().numpy(), nll, nll, right, right, nll * 0,
-                      np.zeros((len(nll), 0), dtype=np.int64))
-    base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = objective.predict(ids_BL, position_BP)
-    if thoughts == "swapped":
-        thought_RT = thought_BNPT[:, 0][real_BP]
-        shuffled_R = torch.randperm(len(thought_RT), generator=torch.Generator().manual_seed(0))
-        given_RT = torch.empty_like(thought_RT)
-        given_RT[shuffled_R] = thought_RT[shuffled_R.roll(1)]
-        thought_BNPT[real_BP[:, None]] = given_RT
-        _, mixed_BNPD, weight_BNP, _ = objective.predict(ids_BL, position_BP,
-                                                         thought_BNPT=thought_BNPT)
-    base = nll_and_right(base_BPD[real_BP], head_VD, target_R, choices)
-    mixed = nll_and_right(mixed_BNPD[:, 0][real_BP], head_VD, target_R, choices)
-    weight_R, thought_RT = weight_BNP[:, 0][real_BP].float(), thought_BNPT[:, 0][real_BP]
-    return Scores(text_R.cpu().numpy(), base[0], mixed[0], base[1], mixed[1],
-                  weight_R.cpu().numpy(), thought_RT.cpu().numpy())
+    base_RD, mixed_RD, weight_R, thought_RT = states(objective, ids_BL, position_BP, real_BP,
+                                                     thoughts)
+    nll, right, entropy, nll_at = grade(objective, base_RD, target_R, choices, TEMPERATURES)
+    mixed = nll, right
+    if mixed_RD is not base_RD:
+        mixed = grade(objective, mixed_RD, target_R, choices)
+    return Scores(text_R.cpu().numpy(), nll, mixed[0], right, mixed[1],
+                  weight_R.float().cpu().numpy(), thought_RT.cpu().numpy(), entropy, nll_at)
 
 
 def held_out_texts(token_file, n_texts: int, length: int):
@@ -126,27 +125,53 @@ def held_out_texts(token_file, n_texts: int, length: int):
 
 
 def score_texts(objective, token_file, tokenizer, n_texts: int, length: int, thoughts: str = "own",
-                batch: int = 64):
-    """Scores of held-out documents: every next token, or the shell game's hidden answers."""
+                batch: int = 64, place: parallel.Place = ALONE, tell: bool = True) -> Scores:
+    """Scores of held-out documents: every next token, or the shell game's hidden answers.
+
+    Texts of like length share a batch, the longest first; the ranks of `place` share the batches.
+    """
     ids_BL, valid_BL = held_out_texts(token_file, n_texts, length)
-    where_BL = valid_BL.roll(-1, dims=1)
-    where_BL[:, -1] = False
+    where_BL, length_B = torch.nn.functional.pad(valid_BL[:, 1:], (0, 1)), valid_BL.sum(1)
     choices, device = None, objective.model.embed.weight.device
     if shell_game.plays(tokenizer):
         where_BL &= shell_game.answer_positions(ids_BL, tokenizer)
         choices = torch.tensor(tokenizer.encode(" ".join(shell_game.CUPS)), device=device)
         batch = 1024                                                # one position in each text
-    parts = [score(objective, ids.to(device), where.to(device), choices, thoughts)
-             for ids, where in zip(ids_BL.split(batch), where_BL.split(batch)) if where.any()]
-    for number, part in enumerate(parts):
-        part.text = part.text + number * batch
-    return Scores(*(np.concatenate([getattr(part, field.name) for part in parts])
-                    for field in fields(Scores)))
+    order_B = length_B.argsort(descending=True, stable=True)
+    chunks = [rows for rows in order_B.split(batch) if where_BL[rows].any()]
+    if not chunks:
+        raise ValueError(f"{token_file.path}: the first {n_texts} texts hold nothing to score")
+    progress, parts = Progress(int(where_BL.sum()), "scoring tokens", place, tell), []
+    for rows in chunks[place.rank::place.world]:
+        width = max(2, int(length_B[rows[0]]))
+        part = score(objective, ids_BL[rows, :width].to(device), where_BL[rows, :width].to(device),
+                     choices, thoughts)
+        part.text = rows.numpy()[part.text]
+        parts.append(part)
+        progress(len(part.text) * place.world)
+    n_thought = objective.config.thought_len if thinks(objective, thoughts) else 0
+    return gathered(parts, where_BL, n_thought, place)
+
+
+def gathered(parts: list[Scores], where_BL, n_thought: int, place: parallel.Place) -> Scores:
+    """All ranks' scores on all ranks, in the texts' order: each rank adds its own to zeros."""
+    first_B = np.concatenate(([0], np.cumsum(where_BL.sum(1).numpy())))
+    shape, whole = dict(nll_at=(len(TEMPERATURES),), thought=(n_thought,)), {}
+    for field in fields(Scores):
+        value = torch.zeros(int(first_B[-1]), *shape.get(field.name, ()), dtype=torch.float64)
+        for part in parts:
+            n, starts = len(part.text), np.flatnonzero(np.diff(part.text, prepend=-1))
+            nth = np.arange(n) - np.repeat(starts, np.diff(starts, append=n))   # in its own text
+            value[first_B[part.text] + nth] = torch.from_numpy(getattr(part, field.name)).double()
+        value = parallel.total(value.to(place.device)) if place.world > 1 else value
+        whole[field.name] = value.cpu().numpy()
+    return Scores(**{name: value.astype(np.int64) if name in ("text", "thought") else value
+                     for name, value in whole.items()})
 
 
 def held_out(objective, token_file, tokenizer, n_texts: int, length: int) -> dict[str, float]:
     """Means for the training log."""
-    scores = score_texts(objective, token_file, tokenizer, n_texts, length)
+    scores = score_texts(objective, token_file, tokenizer, n_texts, length, tell=False)
     names = {"nll/base": "nll_base", "nll/mixed": "nll_mixed", "accuracy/base": "right_base",
              "accuracy/mixed": "right_mixed", "mixing_weight": "mixing_weight"}
     if not isinstance(objective, QuietSTaR):
@@ -154,61 +179,139 @@ def held_out(objective, token_file, tokenizer, n_texts: int, length: int) -> dic
     return {key: scores.mean(name) for key, name in names.items()}
 
 
-def by_difficulty(scores: Scores) -> list[dict]:
-    """Bins of equally many tokens, from those that the base finds easiest to the hardest."""
-    order = np.argsort(scores.nll_base, kind="stable")
-    bins = [part for part in np.array_split(order, N_BINS) if len(part)]
-    return [dict(tokens=len(part), nll_base=float(scores.nll_base[part].mean()),
-                 nll_mixed=float(scores.nll_mixed[part].mean()),
-                 interval_gain=scores.interval("gain", part),
-                 mixing_weight=float(scores.mixing_weight[part].mean())) for part in bins]
+def bins(scores: Scores, by: str) -> list[dict]:
+    """Bins of equally many tokens, from the least to the greatest `by`, a name of Scores."""
+    order = np.argsort(getattr(scores, by), kind="stable")
+    names = ("nll_base", "nll_mixed", "entropy_base", "mixing_weight")
+    return [dict(tokens=len(part), interval_gain=scores.interval("gain", part),
+                 **{name: float(getattr(scores, name)[part].mean()) for name in names})
+            for part in np.array_split(order, N_BINS) if len(part)]
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     checkpoint: str = ""                  # folder
-    data: str = ""                        # folder that data.py wrote
+    data: str = ""                        # folder that data.py wrote: score the next tokens of it
     split: str = "val"                    # train | val
     texts: int = 200                      # documents
     length: int = 256                     # tokens of each at most
+    task: str = ""                        # gsm8k | commonsense_qa: ask the questions of --file
+    file: str = ""                        # .jsonl, .jsonl.gz or .parquet, as published
+    limit: int = 0                        # questions, drawn as the released code draws its 128
+    votes: int = 0                        # chains of thought for each question; 0 asks directly
+    temperature: float = 0.9              # of the visible tokens of a vote; the released code's
+    max_new: int = 384                    # tokens of a chain of thought; the released code's
+    seed: int = 0                         # of the votes
     thoughts: str = "own"                 # own | swapped | none
+    thought_len: tuple[int, ...] = ()     # instead of the trained one; several: a sweep over --data
     batch: int = 16                       # texts at once
-    out: str = ""                         # write the numbers here too, as json
+    against: str = ""                     # json of another run on the same: paired differences
+    out: str = ""                         # json to write; default for a task: CHECKPOINT/TASK.json
     device: str = "auto"                  # auto | cpu | cuda
 
     def __post_init__(self):
-        if not self.checkpoint or not self.data:
-            raise ValueError("--checkpoint=FOLDER and --data=FOLDER are needed")
+        if not self.checkpoint or not (self.data or self.task):
+            raise ValueError("--checkpoint=FOLDER and --data=FOLDER (or --task and --file) are "
+                             "needed")
+        if self.task and (self.task not in tasks.TASKS or not self.file):
+            raise ValueError(f"--task={self.task} --file={self.file}: a task is one of "
+                             f"{', '.join(tasks.TASKS)}, and its questions are in --file=FILE")
         if self.thoughts not in ("own", "swapped", "none"):
             raise ValueError(f"--thoughts={self.thoughts} is not one of own, swapped, none")
+        if self.votes and self.thoughts == "swapped":
+            raise ValueError("--votes with --thoughts=swapped: text being written has none")
+        if self.against and not Path(self.against).is_file():
+            raise ValueError(f"--against={self.against} is not there: name the json of another run")
+        if self.task and len(self.thought_len) > 1:
+            raise ValueError(f"--thought_len={self.thought_len} sweeps over --data; a task takes "
+                             "one length")
+
+
+    @property
+    def name(self) -> str:
+        """Of a task's json when --out does not say."""
+        return "-".join([self.task] + [f"votes{self.votes}"] * (self.votes > 0)
+                        + [self.thoughts] * (self.thoughts != "own")
+                        + [f"T{length}" for length in self.thought_len])
+
+
+def score_data(objective, tokenizer, cfg: EvalConfig, place) -> dict:
+    """The tokens of cfg.data: means, bins and, if asked for, the sweep over lengths of thoughts."""
+    token_file = data.TokenFile(cfg.data, cfg.split)
+
+    def measure() -> Scores:
+        return score_texts(objective, token_file, tokenizer, cfg.texts, cfg.length, cfg.thoughts,
+                           cfg.batch, place)
+    scores = measure()
+    units = scores.units()
+    of = dict(sources=token_file.meta["sources"], split=cfg.split, texts=cfg.texts,
+              length=cfg.length)
+    result = dict(of=of, tokens=len(scores.text), thoughts=cfg.thoughts, units=units,
+                  thought_len=scores.thought.shape[1], temperatures=dict(nll=scores.temperatures),
+                  **{name: bins(scores, by) for name, by in BINNED.items()})
+    if shell_game.plays(tokenizer) and scores.thought.shape[1]:
+        right = [shell_game.working_is_right(token_file.document(i), thought, tokenizer)
+                 for i, thought in zip(scores.text, scores.thought)]
+        units["working_is_right"] = np.bincount(scores.text, right)[np.bincount(scores.text) > 0]
+    for length in cfg.thought_len if len(cfg.thought_len) > 1 else ():
+        objective.config = replace(objective.config, thought_len=length)
+        swept = summary(measure().units())
+        result.setdefault("sweep", []).append(dict(thought_len=length, **swept))
+    return result
+
+
+def show(result: dict, means: dict, cfg: EvalConfig):
+    """The same numbers for people."""
+    what, n = "questions" if cfg.task else "texts", len(result["units"]["count"])
+    print(f"{cfg.file or cfg.data}: {n} {what}, {result.get('tokens', n)} scored; thoughts: "
+          f"{cfg.thoughts}; 95 % intervals over {what}")
+    print(table(means))
+    for measure, (first, second) in result["temperatures"].items():
+        print(f"{measure} is sharpened at temperature {first:.2f} and {second:.2f}, each fitted on "
+              "the other half")
+    changed = means.get("nll_mixed-nll_base", dict(mean=0.0))["mean"] != 0
+    for name in [name for name in BINNED if name in result and changed]:
+        print(f"\nfrom the least to the greatest {BINNED[name]}\n  tokens  entropy  base nll  mixed"
+              " nll  weight  gain")
+        for row in result[name]:
+            gain = row["nll_base"] - row["nll_mixed"], *row["interval_gain"]
+            print("{tokens:8d} {entropy_base:8.3f} {nll_base:9.3f} {nll_mixed:10.3f} "
+                  "{mixing_weight:+7.3f}".format(**row), "{:+.4f} [{:+.4f}, {:+.4f}]".format(*gain))
+    if "sweep" in result:
+        print("\nthought_len  nll thinking, and what it changed")
+    for row in result.get("sweep", []):
+        print(f"{row['thought_len']:11d}  {cell(row['nll_mixed'])}  "
+              f"{cell(row['nll_mixed-nll_base'], True)}")
+    if cfg.against:
+        print(f"\nbeyond {cfg.against}, the same {what}")
+        for name, value in result["differences"].items():
+            print(f"{name:20s}{cell(value, True)}")
 
 
 def main():
     (cfg,) = config.parse(EvalConfig)
-    tokenizer, token_file = tokenizers.load(cfg.data), data.TokenFile(cfg.data, cfg.split)
+    place, folder = parallel.join(cfg.device), weights.find_checkpoint(cfg.checkpoint)
+    tokenizer = tokenizers.load(cfg.data or folder)
     objective = weights.load_objective(cfg.checkpoint, cfg.device, tokenizer)
-    scores = score_texts(objective, token_file, tokenizer, cfg.texts, cfg.length, cfg.thoughts,
-                         cfg.batch)
-    result = dict(tokens=len(scores.text), thoughts=cfg.thoughts)
-    n_texts = len(np.unique(scores.text))
-    print(f"{len(scores.text)} tokens of {n_texts} texts, thoughts: {cfg.thoughts}")
-    for name in ("nll_base", "nll_mixed", "gain", "right_base", "right_mixed"):
-        low, high = scores.interval(name)
-        result[name] = dict(mean=scores.mean(name), low=low, high=high)
-        print(f"{name:12s} {scores.mean(name):+.4f}  [{low:+.4f}, {high:+.4f}]")
-    if shell_game.plays(tokenizer) and scores.thought.shape[1]:
-        share = np.mean([shell_game.working_is_right(token_file.document(i), thought, tokenizer)
-                         for i, thought in zip(scores.text, scores.thought)])
-        result["working_is_right"] = dict(mean=float(share))
-        print(f"thoughts that are the text's own kind of working, and right: {share:.3f}")
-    result["difficulty"] = by_difficulty(scores)
-    print("\nfrom the base's easiest tokens to its hardest")
-    print("  tokens  base nll  mixed nll   gain  weight")
-    for row in result["difficulty"]:
-        print(f"{row['tokens']:8d} {row['nll_base']:9.3f} {row['nll_mixed']:10.3f} "
-              f"{row['nll_base'] - row['nll_mixed']:+6.3f} {row['mixing_weight']:+7.3f}")
-    if cfg.out:
-        weights.write_atomically(cfg.out, lambda path: path.write_text(json.dumps(result)))
+    if cfg.thought_len and not thinks(objective):
+        raise ValueError(f"--thought_len={cfg.thought_len}: {cfg.checkpoint} does not think")
+    if len(cfg.thought_len) == 1:
+        objective.config = replace(objective.config, thought_len=cfg.thought_len[0])
+    out = cfg.out or (cfg.task and str(Path(cfg.checkpoint, cfg.name + ".json")))
+    if cfg.task:
+        result = ask.ask(objective, tokenizer, cfg, place, out)
+    else:
+        result = score_data(objective, tokenizer, cfg, place)
+    means = summary(result["units"])
+    result["units"] = {name: total.tolist() for name, total in result["units"].items()}
+    if cfg.against:
+        result["differences"] = compare(result, cfg.against)
+    if place.writes:
+        show(result, means, cfg)
+    if place.writes and out:
+        weights.write_atomically(out, lambda path: path.write_text(json.dumps(result | means)))
+        print(f"wrote {out}")
+    parallel.leave()
 
 
 if __name__ == "__main__":

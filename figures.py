@@ -2,13 +2,12 @@
 
     python figures.py --kind=mask --out=mask.png
     python figures.py --kind=curves --input=out/quiet/log.jsonl,out/plain/log.jsonl --out=curves.png
-    python figures.py --kind=difficulty --input=out/quiet/eval.json --out=difficulty.png
     python figures.py --kind=top --input=out/quiet/eval.json,out/quiet/log.jsonl --out=top.png
     python figures.py --kind=table --input=out/seed*/eval/*.json     # mean and spread by file name
 
 Needs matplotlib (pip install matplotlib), except for the table.
 
-Read next: README.md
+Read next: compare.py
 """
 import json
 import re
@@ -111,25 +110,6 @@ def curves(logs: tuple[str, ...], out: str):
     figure.savefig(out, dpi=130)
 
 
-def difficulty(path: str, out: str):
-    """NLL by how hard a token is for the base, and what thinking changes."""
-    bins = json.loads(Path(path).read_text())["difficulty"]
-    figure, (nll, gain) = canvas(2)
-    x = np.arange(1, len(bins) + 1)
-    base, mixed = (np.array([row[name] for row in bins]) for name in ("nll_base", "nll_mixed"))
-    low, high = np.array([row["interval_gain"] for row in bins]).T
-    nll.plot(x, base, color=BASE, marker="o", label="without thoughts")
-    nll.plot(x, mixed, color=MIXED, marker="o", label="with thoughts")
-    nll.set(title="NLL (nats)", xlabel="tokens, easiest to hardest tenth for the base")
-    nll.legend(frameon=False, fontsize=8)
-    gain.bar(x, base - mixed, color=MIXED, yerr=((base - mixed) - low, high - (base - mixed)),
-             ecolor=BASE, capsize=2)
-    gain.axhline(0, color=BASE, linewidth=0.8)
-    gain.set(title="nats gained by thinking, 95 % intervals",
-             xlabel="tokens, easiest to hardest tenth for the base")
-    figure.savefig(out, dpi=130)
-
-
 def top(path: str, log: str, out: str):
     """What it does and how it came about: NLL by difficulty, reward and mixing weight by step."""
     bins = json.loads(Path(path).read_text())["difficulty"]
@@ -147,16 +127,21 @@ def top(path: str, log: str, out: str):
     figure.savefig(out, dpi=130)
 
 
-COLUMNS = ("right_base", "right_mixed", "nll_base", "nll_mixed", "working_is_right")
+COLUMNS = ("right_base", "right_mixed", "nll_base", "nll_sharp", "nll_mixed", "working_is_right")
+
+
+def runs(paths: tuple[str, ...]) -> dict[str, list[dict]]:
+    """What eval.py found, by file name without the seed in front of it."""
+    found = defaultdict(list)
+    for path in paths:
+        found[re.sub(r"^\d+-", "", Path(path).stem)].append(json.loads(Path(path).read_text()))
+    return found
 
 
 def table(paths: tuple[str, ...]) -> str:
     """Markdown: a line per file name without its seed; mean of its runs (lowest to highest)."""
-    runs = defaultdict(list)
-    for path in paths:
-        runs[re.sub(r"^\d+-", "", Path(path).stem)].append(json.loads(Path(path).read_text()))
     lines = ["| | runs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for name, results in runs.items():
+    for name, results in runs(paths).items():
         cells = []
         for column in COLUMNS:
             values = [r[column]["mean"] for r in results if column in r]
@@ -168,13 +153,13 @@ def table(paths: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class FigureConfig:
-    kind: str = ""                    # top | mask | curves | difficulty | table
+    kind: str = ""                    # top | mask | curves | table
     input: tuple[str, ...] = ()       # files, by commas
     out: str = "figure.png"           # picture to write
 
     def __post_init__(self):
-        if self.kind not in ("top", "mask", "curves", "difficulty", "table"):
-            raise ValueError(f"--kind={self.kind} is none of top, mask, curves, difficulty, table")
+        if self.kind not in ("top", "mask", "curves", "table"):
+            raise ValueError(f"--kind={self.kind} is none of top, mask, curves, table")
         if self.kind != "mask" and not self.input:
             raise ValueError(f"--kind={self.kind} needs --input=FILE[,FILE]")
         if self.kind == "top" and len(self.input) != 2:
@@ -190,10 +175,8 @@ def main():
         mask(cfg.out)
     elif cfg.kind == "top":
         top(*cfg.input, cfg.out)
-    elif cfg.kind == "curves":
-        curves(cfg.input, cfg.out)
     else:
-        difficulty(cfg.input[0], cfg.out)
+        curves(cfg.input, cfg.out)
     print(f"wrote {cfg.out}")
 
 

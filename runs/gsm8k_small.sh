@@ -1,6 +1,7 @@
 #!/bin/sh
 # Real text on a laptop: GSM8K, a tokenizer trained on it, a small base, Quiet-STaR on top.
 # GSM_FILE=gsm8k_train.jsonl sh runs/gsm8k_small.sh      (the data set's own file, MIT licence)
+# GSM_TEST=gsm8k_test.jsonl as well: ask the test questions of all three.
 set -e
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
@@ -26,4 +27,8 @@ for name in base plain quiet; do
   echo; echo "$name"
   python eval.py --checkpoint=$out/$name --data=$data --texts=150 --length=128 --out=$out/$name.json
 done
-python figures.py --kind=difficulty --input=$out/quiet.json --out=$out/difficulty.png
+for name in ${GSM_TEST:+base plain quiet}; do
+  echo; echo "$name, asked"
+  python eval.py --checkpoint=$out/$name --task=gsm8k --file="$GSM_TEST" --out=$out/$name-asked.json
+done
+python compare.py --kind=difficulty --input=$out/quiet.json --out=$out/difficulty.png

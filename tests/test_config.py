@@ -54,7 +54,7 @@ def test_help_shows_the_comment_behind_a_field(capsys):
 
 
 @pytest.mark.parametrize("script", ["train", "sample", "eval", "data", "shell_game", "tokenizer",
-                                    "weights", "figures"])
+                                    "weights", "figures", "compare"])
 def test_every_script_ends_a_mistake_in_one_line_and_status_2(script, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [script + ".py", "--no_such_option=1"])
     with pytest.raises(SystemExit) as end:

@@ -40,7 +40,7 @@ def test_evaluating(call, checkpoint, game, tmp_path):
     status, _, stderr = call(evaluation, *argv, f"--out={tmp_path}/told.json")
     told = json.loads((tmp_path / "told.json").read_text())
     assert (status, stderr) == (0, "") and told["tokens"] == 10
-    assert (told["gain"]["mean"] != 0) == (checkpoint.name in THINKING)
+    assert (told["nll_mixed-nll_base"]["mean"] != 0) == (checkpoint.name in THINKING)
 
 
 @pytest.mark.parametrize("objective", ["plain", "quiet"])

@@ -1,0 +1,144 @@
+"""The lm-evaluation-harness asks; what it is told is what eval.py would say."""
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import harness
+import questions
+import tokenizer as tokenizers
+import weights
+from model import NextToken
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory):
+    return questions.school(tmp_path_factory.mktemp("school"))
+
+
+def requests(*args):
+    return [SimpleNamespace(args=pair) for pair in args]
+
+
+def our_likelihood(objective, ids, start, thoughts="own"):
+    """By eval.score: log p of ids[start:], and whether each is the likeliest."""
+    where_BL = torch.zeros(1, len(ids), dtype=torch.bool)
+    where_BL[0, start - 1:-1] = True
+    scores = evaluation.score(objective, torch.tensor([ids]), where_BL, thoughts=thoughts)
+    return -scores.nll_mixed.sum(), bool(scores.right_mixed.all())
+
+
+@pytest.mark.parametrize("model, thoughts", [("quiet", "own"), ("quiet", "none"), ("plain", "own")])
+def test_loglikelihoods_are_ours(school, model, thoughts):
+    lm = harness.QuietStarLM(str(school / model), thoughts, batch_size=3)
+    loaded, tokenizer = weights.load(school / model), tokenizers.load(school)
+    objective = loaded if model == "quiet" else NextToken(loaded)
+    pairs = [("Q: where?\nA:", " " + letter) for letter in "ABCDE"]
+    pairs += [("", "The baker"), ("A train has ", "1,250 miles"), ("Q: how?", "\nA: 17\n")]
+    for (context, continuation), (logp, greedy) in zip(pairs, lm.loglikelihood(requests(*pairs))):
+        ids = tokenizer.encode(context + continuation, bos=True)
+        start = len(tokenizer.encode(context.rstrip(), bos=True))
+        assert (pytest.approx(logp, rel=1e-4), greedy) == our_likelihood(objective, ids, start,
+                                                                        thoughts)
+
+
+def test_answers_that_differ_in_their_last_token_share_one_pass(school, monkeypatch):
+    lm = harness.QuietStarLM(str(school / "quiet"), batch_size=8)
+    asked, predictions = [], harness.predictions
+    monkeypatch.setattr(harness, "predictions", lambda o, texts, t: asked.extend(texts)
+                        or predictions(o, texts, t))
+    answers = lm.loglikelihood(requests(*[("Q: where?\nA:", " " + x) for x in "ABCDE"]))
+    assert len(asked) == 1 and len({logp for logp, _ in answers}) == 5
+
+
+def test_rolling_loglikelihoods_are_ours_and_windows_score_every_token_once(school):
+    lm = harness.QuietStarLM(str(school / "quiet"))
+    text = "The baker has 1,250 apples. How many?" * 4
+    ids = [lm.prefix_token_id, *lm.tok_encode(text, add_special_tokens=False)]
+    whole, = lm.loglikelihood_rolling(requests((text,)))
+    assert whole == pytest.approx(our_likelihood(lm.objective, ids, 1)[0], rel=1e-4)
+    lm.max_length = 21
+    cut, = lm.loglikelihood_rolling(requests((text,)))
+    expected, done = 0.0, 1
+    while done < len(ids):                        # 20 tokens, then each next 20 with what fits
+        until = min(done + 20, len(ids))
+        window = ids[max(0, until - 21):until]
+        expected += our_likelihood(lm.objective, window, len(window) - (until - done))[0]
+        done = until
+    assert cut == pytest.approx(expected, rel=1e-4) and abs(cut - whole) > 1e-3
+
+
+def test_what_it_generates_is_the_greedy_continuation_up_to_the_first_stop(school):
+    lm = harness.QuietStarLM(str(school / "quiet"), batch_size=2)
+    prompts = ["Q: how many apples?\nA:", "The", "A train has 7"]
+
+    def generate(until, *prompts):
+        return lm.generate_until(requests(*[(prompt, dict(until=until, max_gen_toks=9))
+                                            for prompt in prompts]))
+    together = generate([], *prompts)
+    for prompt, said in zip(prompts, together):
+        ids = lm.tok_encode(prompt)
+        for _ in range(9):
+            mixed_BNPD = lm.objective.predict(torch.tensor([ids]))[1]
+            token = int(lm.objective.model.head(mixed_BNPD[0, 0, -1]).argmax())
+            if token in (lm.tokens.eos, lm.tokens.bos):
+                break
+            ids.append(token)
+        assert lm.tokens.decode(ids) == prompt + said
+    said = max(together, key=len)
+    prompt = prompts[together.index(said)]
+    stop = said[len(said) // 2:][:2]
+    assert generate([stop], prompt) == [said[:said.index(stop)]] and stop not in prompt
+    drawn = [lm.generate_until(requests((prompt, dict(do_sample=True, temperature=t))))
+             for t in (0.9, 0.9, 0.0)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(ValueError, match="'top_p': 0.9"):
+        lm.generate_until(requests((prompt, dict(until=[], top_p=0.9))))
+
+
+@pytest.mark.slow
+def test_its_own_command_line_runs_both_tasks_on_local_files(school, tmp_path):
+    """Offline; and the accuracy it reports is the one that our likelihoods give."""
+    done = subprocess.run(
+        [sys.executable, "harness.py", f"--files=gsm8k_cot_zeroshot={school}/gsm8k.jsonl,"
+         f"commonsense_qa={school}/commonsense_qa.jsonl", "run", "--model", "quiet_star",
+         "--model_args", f"checkpoint={school}/quiet", "--tasks",
+         "gsm8k_cot_zeroshot,commonsense_qa", "--gen_kwargs", "max_gen_toks=6", "--batch_size", "4",
+         "--device", "cpu", "--output_path", str(tmp_path), "--log_samples"],
+        capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+             "HF_HOME": str(tmp_path / "cache")})
+    assert done.returncode == 0, done.stderr
+    results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]
+    assert set(results) == {"gsm8k_cot_zeroshot", "commonsense_qa"}
+    lm, right = harness.QuietStarLM(str(school / "quiet")), []
+    for row in questions.commonsense_qa(11):
+        question, choices = row["question"]["stem"], row["question"]["choices"]
+        options = "\n".join(f"{c['label']}. {c['text']}" for c in choices)
+        context = f"Question: {question}\n{options}\nAnswer:"
+        logp = lm.loglikelihood(requests(*[(context, " " + letter) for letter in "ABCDE"]))
+        right.append("ABCDE"[int(np.argmax([value for value, _ in logp]))] == row["answerKey"])
+    assert results["commonsense_qa"]["acc,none"] == pytest.approx(np.mean(right))
+    assert "exact_match,flexible-extract" in results["gsm8k_cot_zeroshot"]
+    samples = next(tmp_path.rglob("samples_gsm8k*")).read_text().splitlines()
+    prompt = json.loads(samples[0])["arguments"]["gen_args_0"]["arg_0"]
+    assert prompt.startswith("Q: ") and prompt.endswith("A: Let's think step by step.")
+
+
+def test_a_mistake_is_one_line(call, school, monkeypatch):
+    status, _, stderr = call(harness, f"--files=sums={school}/gsm8k.jsonl")
+    assert status == 2 and "the harness has no task 'sums'" in stderr
+    monkeypatch.setattr(harness, "TemplateLM", object)
+    status, _, stderr = call(harness, "run")
+    assert status == 2 and stderr == ("error: the lm-evaluation-harness is not here: "
+                                      "pip install lm-eval==0.4.13\n")
+    with pytest.raises(ValueError, match="checkpoint=,thoughts=own: a folder"):
+        harness.QuietStarLM()
