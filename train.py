@@ -331,6 +331,7 @@ def main():
                                   "tokens/s": cfg.batch * cfg.length / seconds})
 
     # finish
+    del parallel_objective            # ddp's end, after the process group's, can wait for ever
     parallel.leave()
     if place.writes:
         folder = weights.find_checkpoint(cfg.out)

@@ -91,6 +91,7 @@ def step(kind, accumulate, objective, tied, recompute):
     norm = parallel.clip(own, 1e9).item()
     predicted = parallel.gathered(own, place, lambda: quiet.predict(ids_BL)[1].sum().item())
     whole = checkpoint.whole(own, place)
+    del spread
     parallel.leave()
     print(json.dumps(dict(thoughts=thoughts, counts=dict(comm.counts), norm=norm,
                           predicted=predicted, n_whole=len(whole))))
@@ -118,6 +119,7 @@ def measure(kind, *argv):
             parallel.clip(quiet, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+    del spread
     parallel.leave()
     print(json.dumps(dict(measured=live.most)))
 

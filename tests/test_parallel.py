@@ -153,6 +153,7 @@ def copy_at(run: Path, step: int, to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_any_layout_goes_on_from_what_any_other_saved(layouts, tmp_path):
     ways = dict(one=(1,), ddp=(2, "--parallel=ddp"), fsdp=(2, FSDP))
     jobs = {f"{a}-{b}": ranks(world, "--init_from=resume", *more,
@@ -220,6 +221,7 @@ def test_several_processes_without_a_layout_for_them_are_refused(game, tmp_path)
 
 # ------------------------------------------------------------------------------------- accidents
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_a_full_disk_stops_the_save_in_one_line_and_leaves_the_former_checkpoint(
         game, layouts, tmp_path, layout):
