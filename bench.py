@@ -2,6 +2,7 @@
 
     python bench.py                               # the README's tables, on one thread
     python bench.py --shape=7b                    # Mistral-7B's numbers, random weights, one GPU
+    python bench.py --plan                        # what it takes on several GPUs: plan.py
 
 Each variant runs in fresh processes, all in turn, `rounds` times. Its time is the shortest seen,
 its peak memory the process's high-water mark with Python and torch (0.25 GB) in it, on a GPU the
@@ -9,7 +10,7 @@ allocator's. `share` is FLOPs, counted from shapes, per second over the rate of 
 product in the same run. The naive way is tests/naive.py.
 Left out on purpose: profiling (torch.profiler does it), several GPUs.
 
-Read next: nothing; LOG.md says what was tried.
+Read next: plan.py
 """
 import json
 import resource
@@ -201,6 +202,9 @@ def generate_table(cfg: BenchConfig, c: ThoughtConfig):
 
 
 def main():
+    if "--plan" in config.given():
+        import plan
+        return plan.main()
     kinds = BenchConfig, ModelConfig, ThoughtConfig
     cfg, m, c = config.parse(*kinds, defaults=SHAPES[config.parse(*kinds)[0].shape])
     device = "cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu"

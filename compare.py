@@ -10,7 +10,7 @@ to the highest. Three seeds cannot carry a narrower interval. Within a run, inte
 
 Needs matplotlib (pip install matplotlib).
 
-Read next: README.md
+Read next: bench.py
 """
 from dataclasses import dataclass
 from pathlib import Path

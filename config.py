@@ -6,7 +6,7 @@ The options are the fields: name, type, default, and as help the comment behind 
 unknown option is an error that names the nearest. `run(main)` ends every user mistake in one line.
 Left out on purpose: files of settings, and executing anything. A preset is a command in runs/.
 
-Read next: nothing; this is the last page.
+Read next: figures.py
 """
 import argparse
 import dataclasses

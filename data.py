@@ -49,7 +49,7 @@ def read_rows(path: str) -> Iterator[tuple[int, dict]]:
             return
         if path.endswith(".parquet"):
             from pyarrow.parquet import ParquetFile
-            batches = ParquetFile(path).iter_batches()
+            batches = ParquetFile(path).iter_batches(batch_size=1024)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
             return
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:

@@ -11,10 +11,12 @@ Left out on purpose: unpickling anything but tensors, writing pickles, and repai
 
 Read next: tokenizer.py
 """
+import hashlib
 import json
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +131,37 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         temporary.chmod(path.parent.stat().st_mode & 0o666)   # safetensors makes private files
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        _to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_in_place(draft: Path, folder: Path) -> None:
+    """Rename a whole folder, once all that is in it is on the disk; it may replace another."""
+    for path in (*draft.rglob("*"), draft):
+        _to_disk(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
+    _to_disk(folder.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Of a folder: the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fingerprint(path: str | Path, pieces: int = 256, size: int = 4096) -> str:
+    """A hash of a file's length and of pieces spread over it: of all of it, up to a megabyte."""
+    length, found = Path(path).stat().st_size, hashlib.sha256()
+    found.update(str(length).encode())
+    step = max(size, (length - size) // (pieces - 1))
+    with open(path, "rb") as file:
+        for piece in range(pieces):
+            file.seek(piece * step)
+            found.update(file.read(size))
+    return found.hexdigest()

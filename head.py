@@ -13,10 +13,12 @@ Read next: attention.py
 import torch
 import torch.nn.functional as F
 
+LOGITS, LOGITS_ON_GPU = 1 << 22, 1 << 25      # 17 and 134 MB in fp32; GPUs want larger products
+
 
 def rows_at_a_time(head_VD) -> int:
-    """As many as have 4 M logits, 17 MB in fp32; on a GPU, which wants larger products, 32 M."""
-    return max(1, (1 << (25 if head_VD.is_cuda else 22)) // len(head_VD))
+    """Rows whose logits may exist at a time."""
+    return max(1, (LOGITS_ON_GPU if head_VD.is_cuda else LOGITS) // len(head_VD))
 
 
 class WeightedNLL(torch.autograd.Function):

@@ -171,18 +171,18 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BSD, norm):
         """x + ffn(norm(x)): the whole second half of a block, so that it can go in pieces."""
-        pieces = [x_SD + self.piece(norm(x_SD)) for x_SD in x_BSD.flatten(0, 1).split(PIECE)]
-        return torch.cat(pieces).view_as(x_BSD)
+        pieces = [x + self.piece(norm(x)) for x in x_BSD.split(max(1, PIECE // len(x_BSD)), dim=1)]
+        return torch.cat(pieces, dim=1)
 
-    def piece(self, x_SD):
-        gate_SF, up_SF = self.gate(x_SD), self.up(x_SD)
+    def piece(self, x_BSD):
+        gate_BSF, up_BSF = self.gate(x_BSD), self.up(x_BSD)
         if not torch.is_grad_enabled():
-            return self.close(gate_SF, up_SF)
-        return checkpoint(self.close, gate_SF, up_SF, use_reentrant=False)
+            return self.close(gate_BSF, up_BSF)
+        return checkpoint(self.close, gate_BSF, up_BSF, use_reentrant=False)
 
-    def close(self, gate_SF, up_SF):
+    def close(self, gate_BSF, up_BSF):
         """The gated product is formed again in the backward pass: cheaper than keeping it."""
-        return self.down(F.silu(gate_SF) * up_SF)
+        return self.down(F.silu(gate_BSF) * up_BSF)
 
 
 class Block(nn.Module):

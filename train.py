@@ -17,8 +17,6 @@ Read next: sample.py, eval.py
 """
 import json
 import math
-import os
-import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
@@ -27,12 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoint
 import config
 import data
 import eval as evaluation
 import parallel
 import tokenizer as tokenizers
 import weights
+from files import fingerprint
 from model import Mistral, ModelConfig, NextToken
 from thoughts import QuietSTaR, ThoughtConfig, count_terms
 
@@ -63,6 +63,7 @@ class TrainConfig:
     compile: bool = False             # torch.compile the blocks; the first step takes minutes
     dtype: str = "float32"            # of the matrix products: float32 | bfloat16
     device: str = "auto"              # auto | cpu | cuda
+    parallel: str = "auto"            # auto (ddp for several processes) | none | ddp | fsdp
     eval_every: int = 50              # steps; 0: never
     eval_texts: int = 64              # held-out texts at each evaluation
     save_every: int = 50              # steps; also at the end and when stopped
@@ -70,7 +71,8 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, known in (("objective", ("quiet", "plain")), ("dtype", ("float32", "bfloat16")),
-                            ("crops", ("document", "stream"))):
+                            ("crops", ("document", "stream")),
+                            ("parallel", ("auto", "none", "ddp", "fsdp"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name}={getattr(self, name)} is not one of {', '.join(known)}")
         if self.recompute < 0:
@@ -89,7 +91,7 @@ def build_objective(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: Thoug
         try:
             model = weights.load(resumed, thought_config=thought_cfg)
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"{error}{other_checkpoint(resumed)}") from None
+            raise ValueError(f"{error}{checkpoint.other(resumed)}") from None
     elif cfg.init_from == "scratch":
         model = Mistral(model_cfg).init_weights(generator)
     else:
@@ -145,50 +147,17 @@ def thought_draws(cfg: TrainConfig, thought_cfg: ThoughtConfig, step: int, rows)
     return {name: torch.from_numpy(np.stack(values)) for name, values in draws.items()}
 
 
-# ------------------------------------------------------------------------------------- checkpoints
-
-def save_checkpoint(out: Path, step: int, objective, optimizer, settings: dict, tokenizer) -> Path:
-    """A folder that anyone can load, plus what resuming needs; renamed into place when it is whole.
-
-    Then `latest` points to it, and all but the last two go.
-    """
-    folder, draft = out / f"step-{step:06d}", out / "draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    weights.save(objective.model if isinstance(objective, NextToken) else objective, draft)
-    tokenizer.copy_to(draft)
-    state = {"step": step, "settings": settings, "optimizer": optimizer.state_dict()}
-    weights.write_atomically(draft / "state.pt", lambda path: torch.save(state, path))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
-    weights.write_atomically(out / "latest", lambda path: path.write_text(folder.name))
-    for old in sorted(out.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
-    return folder
-
-
-def read_state(folder: Path) -> dict:
-    """The part of a checkpoint that only resuming needs. One line if it is damaged."""
-    try:
-        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:        # zip, pickle and file errors have no common ancestor
-        raise ValueError(f"{folder / 'state.pt'} is not readable ({type(error).__name__})"
-                         + other_checkpoint(folder)) from None
-
-
-def other_checkpoint(folder: Path) -> str:
-    others = [path for path in sorted(folder.parent.glob("step-*")) if path != folder]
-    return (f": the one before is {others[-1]}; delete {folder} to resume from it" if others
-            else ": there is no earlier one; start again with --init_from=scratch or a checkpoint")
-
+# ------------------------------------------------------------------------------------ the setting
 
 def configure() -> tuple[TrainConfig, ModelConfig, ThoughtConfig, dict | None]:
     """The command line; what it leaves out comes from the checkpoint it begins with, if any."""
     kinds = (TrainConfig, ModelConfig, ThoughtConfig)
     first, *_ = config.parse(*kinds, defaults={"out": "-", "data": "-"})
-    if first.init_from == "scratch":
+    resumes = first.init_from == "resume" or (
+        parallel.restarts() and Path(first.out, "latest").is_file())
+    if first.init_from == "scratch" and not resumes:
         return *config.parse(*kinds), None
-    if first.init_from != "resume":
+    if not resumes:
         shape, settings = weights.read_config(weights.find_checkpoint(first.init_from))
         fixed = [name for name in asdict(shape) if f"--{name}" in config.given()]
         if fixed:
@@ -198,13 +167,25 @@ def configure() -> tuple[TrainConfig, ModelConfig, ThoughtConfig, dict | None]:
     if not Path(first.out, "latest").is_file():
         raise FileNotFoundError(f"nothing to resume in --out={first.out}: it has no file 'latest'")
     folder = weights.find_checkpoint(first.out)
-    state = read_state(folder)
+    state = checkpoint.read_state(folder)
     cfg, model_cfg, thought_cfg = config.parse(*kinds, defaults=state["settings"])
     for name, value in asdict(model_cfg).items():
         if value != state["settings"][name]:
             raise ValueError(f"cannot resume: {name} is {state['settings'][name]} in {folder}, "
                              f"{value} on the command line")
     return cfg, model_cfg, thought_cfg, state
+
+
+def facts(settings: dict, step: int, tokenizer, objective) -> dict[str, object]:
+    """What must be the same on all ranks, under the name that an error gives it."""
+    def here(folder, *patterns):
+        return [(path.name, fingerprint(path))
+                for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
+    return {"code": here(Path(__file__).parent, "*.py"), "torch": torch.__version__,
+            "tokenizer": tokenizer.sha256, "step": step,
+            "data": here(settings["data"], "*.bin", "*.npy", "meta.json"),
+            "weights": [p.detach().flatten()[:64].tolist() for p in objective.parameters()],
+            **{f"--{name}": value for name, value in settings.items()}}
 
 
 # ---------------------------------------------------------------------------------------- the log
@@ -264,7 +245,8 @@ def check_finite(values: dict[str, float], step: int, out: Path):
 def main():
     # setup
     cfg, model_cfg, thought_cfg, state = configure()
-    place, out, signals = parallel.join(cfg.device), Path(cfg.out), listen_for_signals()
+    place, out = parallel.join(cfg.device, cfg.parallel), Path(cfg.out)
+    signals = listen_for_signals()
     rows = parallel.rows_of(place, cfg.batch, cfg.accumulate)
     if state is None and (out / "latest").is_file():
         raise ValueError(f"{out} already holds a run: --init_from=resume goes on with it, "
@@ -279,23 +261,26 @@ def main():
     if state is None and cfg.init_from == "scratch" and "--vocab_size" not in config.given():
         model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
     resumed = None if state is None else weights.find_checkpoint(cfg.out)
-    objective = build_objective(cfg, model_cfg, thought_cfg, tokenizer, resumed).to(place.device)
+    objective = build_objective(cfg, model_cfg, thought_cfg, tokenizer, resumed)
     objective.model.recompute = cfg.recompute
     if cfg.compile:
         objective.model.compile_blocks()
     settings = asdict(cfg) | asdict(objective.model.config) | asdict(thought_cfg)
+    step = state["step"] if state else 0
+    parallel.agree(facts(settings, step, tokenizer, objective), place)
+    dtype = getattr(torch, cfg.dtype)
+    parallel_objective = parallel.spread(objective, place, dtype)
 
     # optimizer
     optimizer = build_optimizer(objective, cfg)
 
     # resume
-    step = 0
-    if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+    if resumed:
+        checkpoint.load_optimizer(resumed, state, objective, optimizer, place)
+        if place.writes:
+            print(f"going on from {resumed}", flush=True)
     log = Log(out, step, place.writes)
-    parallel_objective = parallel.spread(objective, place)
-    amp = torch.autocast(place.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    amp = torch.autocast(place.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     n_positions = math.ceil(cfg.think_share * (cfg.length - 1))
     saved_at, is_quiet = step if state else -1, isinstance(objective, QuietSTaR)
 
@@ -304,15 +289,15 @@ def main():
         # evaluate (all ranks compute, rank 0 writes)
         if cfg.eval_every and (step % cfg.eval_every == 0 or step >= cfg.steps):
             with amp:
-                scores = evaluation.held_out(objective, val_file, tokenizer, cfg.eval_texts,
-                                             cfg.length)
+                scores = parallel.gathered(objective, place, lambda: evaluation.held_out(
+                    objective, val_file, tokenizer, cfg.eval_texts, cfg.length))
             log.row(step, cfg.steps, {f"eval/{name}": scores[name] for name in scores}, always=True)
 
-        # save (rank 0)
+        # save (each rank its share, rank 0 the rest)
         asked = parallel.total(torch.tensor(len(signals), device=place.device))    # of any rank
         stopping = asked > 0 or step >= cfg.steps
-        if place.writes and step > saved_at and (stopping or (step and step % cfg.save_every == 0)):
-            save_checkpoint(out, step, objective, optimizer, settings, tokenizer)
+        if step > saved_at and (stopping or (step and step % cfg.save_every == 0)):
+            checkpoint.save(out, step, objective, optimizer, settings, tokenizer, place)
             saved_at = step
         if stopping:
             break
@@ -329,14 +314,14 @@ def main():
         # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
         for i, ((ids_BL, valid_BL), draw) in enumerate(zip(texts, draws)):
             last, draw = i == len(rows) - 1, {name: t.to(place.device) for name, t in draw.items()}
-            parallel.meet(parallel_objective, last)
+            parallel.meet(parallel_objective, place, last)
             with amp:
                 outcome = parallel_objective(ids_BL.to(place.device), valid_BL.to(place.device),
                                              terms=terms, **draw)
-            (outcome.loss * place.world).backward()             # DDP averages over ranks; we sum
+            (outcome.loss * place.world).backward()     # ddp and fsdp average over ranks; we sum
             for name, value in outcome.metrics().items():
                 sums[name] = sums.get(name, 0) + value
-        norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), cfg.clip)
+        norm = parallel.clip(objective, cfg.clip)
         sums["grad_norm"] = norm / place.world                  # the same on all ranks
         values = {name: value.item() for name, value in zip(sums, parallel.total(torch.stack(
             [value.double() for value in sums.values()])))}
@@ -351,6 +336,7 @@ def main():
                                   "tokens/s": cfg.batch * cfg.length / seconds})
 
     # finish
+    del parallel_objective            # ddp's end, after the process group's, can wait for ever
     parallel.leave()
     if place.writes:
         folder = weights.find_checkpoint(cfg.out)

@@ -169,14 +169,17 @@ def _checked_names(path: Path, model: nn.Module, layout: str, tensors: dict) -> 
 
 
 def save(model: Mistral | QuietSTaR, folder: str | Path, layout: str = "ours",
-         dtype: torch.dtype | None = None, shard_bytes: float = 5e9, tokenizer=None) -> None:
+         dtype: torch.dtype | None = None, shard_bytes: float = 5e9, tokenizer=None,
+         tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Write `model` in one of the layouts of formats.py, and `tokenizer` beside it.
 
     `dtype` None keeps each tensor's own; `shard_bytes` bounds a file, unless it is "mistral"'s only
-    one; "base" and "mistral" leave the thoughts out. An old config goes first and the new one comes
-    last: a save that is killed leaves a folder that no program takes for a checkpoint.
+    one; "base" and "mistral" leave the thoughts out; `tensors`, by name, replace the parameters of
+    a model that is sharded. An old config goes first and the new one comes last: a save that is
+    killed leaves a folder that no program takes for a checkpoint.
     """
-    folder, (tensors, given) = Path(folder), _export(model, layout, dtype)
+    folder, tensors = Path(folder), tensors or dict(model.named_parameters())
+    tensors, given = _export(model, tensors, layout, dtype)
     single, config_name = ((MISTRAL_FILES[0], "params.json") if layout == "mistral" else
                            (HF_FILES[1], "config.json"))
     sizes = {name: t.numel() * (dtype or t.dtype).itemsize for name, t in tensors.items()}
@@ -216,7 +219,7 @@ def _shards(sizes: dict[str, int], limit: float) -> list[list[str]]:
     return shards
 
 
-def _export(model: Mistral | QuietSTaR, layout: str,
+def _export(model: Mistral | QuietSTaR, parameters: dict[str, torch.Tensor], layout: str,
             dtype: torch.dtype | None) -> tuple[dict, dict]:
     """The layout's tensors by name, without gradient, and its config, which says `dtype`."""
     quiet = model if isinstance(model, QuietSTaR) else None
@@ -225,12 +228,12 @@ def _export(model: Mistral | QuietSTaR, layout: str,
                          "a model that thinks")
     base, settings = (quiet.model, quiet.config) if quiet else (model, None)
     shape, tensors = base.config, {}
-    for name, parameter in model.named_parameters():       # a tied head is not named
+    for name, parameter in parameters.items():             # a tied head is not named
         theirs = formats.file_name(name, layout)
         if theirs:
             tensors[theirs] = formats.turn(parameter.detach(), name, layout, shape, ours=False)
     if layout == "mistral" and shape.tied:                 # params.json cannot say so
-        tensors["output.weight"] = base.embed.weight.detach().clone()
+        tensors["output.weight"] = tensors["tok_embeddings.weight"].clone()
     if layout == "released":
         shape, settings = _as_released(tensors, shape, settings)
     return tensors, formats.to_config(shape, layout, settings, dtype or base.embed.weight.dtype)

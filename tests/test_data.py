@@ -1,4 +1,5 @@
 """data.py: no token changes on its way to disk and back; a batch is a function of its numbers."""
+import datetime
 import gzip
 import json
 import sys
@@ -72,6 +73,25 @@ def test_gzip_is_read_like_plain_and_fields_are_joined_by_newlines(tmp_path):
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(rows[:20]) + gzip.compress(rows[20:]))
     for name in ("a.jsonl", "a.jsonl.gz", "a.json.gz"):
         assert list(data.read_texts(f"{tmp_path}/{name}", ("q", "a"))) == ["one\né", "half ?\n4"]
+
+
+def test_openwebmath_and_c4_become_token_files_under_their_own_field_names(call, game, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [f"ball c : ab cd now {cup} ." for cup in "abcde"]
+    when = datetime.datetime(2023, 3, 1)
+    parquet.write_table(pyarrow.Table.from_pylist(
+        [dict(url="http://x", text=text, date=when, metadata="{}") for text in texts]),
+        tmp_path / "train-00000-of-00114-5fee.parquet")
+    lines = "".join(json.dumps(dict(text=text, timestamp="2019-04-25T12:57:54Z", url="http://x"))
+                    + "\n" for text in texts)
+    (tmp_path / "c4-train.00000-of-01024.json.gz").write_bytes(gzip.compress(lines.encode()))
+    found = []
+    for path in tmp_path.glob("*-of-*"):
+        out = tmp_path / f"to {path.suffix}"
+        argv = f"--input={path}", f"--tokenizer={game}/silent", f"--out={out}", "--val_share=0"
+        assert call(data, *argv)[0] == 0
+        found.append((out / "train.bin").read_bytes())
+    assert found[0] == found[1] and data.TokenFile(out, "train").n_docs == 5
 
 
 def test_a_txt_file_is_one_document_whatever_its_blank_lines(tmp_path):

@@ -1,6 +1,7 @@
 """The loop: what is learnt does not depend on how the run was cut, stopped, killed or resumed."""
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,9 @@ MODEL = ("--dim=16", "--n_layers=1", "--n_heads=2", "--n_kv_heads=1", "--ffn_dim
 TOY = ("--thought_len=2", "--n_thoughts=2", "--n_true=2", "--policy_weight=1",
        "--policy_temperature=1", "--marker_lr=1", "--batch=4", "--length=12", "--lr=1e-2",
        "--warmup=2", "--eval_texts=8", "--steps=6", "--save_every=3", "--eval_every=3")
+
+
+SHARES = "optimizer/shard-00001-model-00001-of-00001.safetensors"      # of one rank's optimizer
 
 
 def toy(game, out, *changes):
@@ -211,7 +215,7 @@ def test_a_signal_saves_says_where_and_exits_cleanly(
     assert_same_weights(out, whole_run)
 
 
-@pytest.mark.parametrize("name", ["state.pt", "model.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", SHARES])
 @pytest.mark.parametrize("damage", ["truncated", "garbage"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(
         call, whole_run, tmp_path, name, damage):
@@ -229,15 +233,21 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(
 
 
 def test_a_checkpoint_never_runs_code(call, whole_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(whole_run, run)
-
+    """Pickles in the place of its files are refused, and pickles beside them never looked at."""
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/owned",)
-    torch.save({"step": 6, "settings": Evil()}, run / "step-000006" / "state.pt")
-    status, _, stderr = call(train, "--init_from=resume", f"--out={run}")
-    assert status == 2 and "state.pt" in stderr and not (tmp_path / "owned").exists()
+    for number, name in enumerate(("state.json", "model.safetensors", SHARES)):
+        run = tmp_path / str(number)
+        shutil.copytree(whole_run, run)
+        torch.save({"step": 6, "settings": Evil()}, run / "step-000006" / name)
+        status, _, stderr = call(train, "--init_from=resume", f"--out={run}")
+        assert status == 2 and name in stderr and stderr.count("\n") == 1
+    shutil.copytree(whole_run, tmp_path / "run")
+    for name in ("state.pt", ".metadata", "optimizer/.metadata", "optimizer/__0_0.distcp"):
+        (tmp_path / "run" / "step-000006" / name).write_bytes(pickle.dumps(Evil()))
+    assert call(train, "--init_from=resume", f"--out={tmp_path}/run")[0] == 0
+    assert not (tmp_path / "owned").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(

@@ -1,0 +1,191 @@
+"""Several processes as torchrun would start them, for the price of one import of torch.
+
+    python tests/ranks.py < jobs.json
+
+Each job is {"ranks": one list of words for each rank}; the words are a function below, then its
+arguments. "kill": [rank, path, seconds] kills a rank that long after the path is made (anew). Jobs
+run one after another; on standard output: each job's exit statuses and output.
+"""
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint  # noqa: F401  once for all ranks
+import torch.distributed.fsdp  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
+
+torch.set_num_threads(1)
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import checkpoint  # noqa: E402
+import config  # noqa: E402
+import parallel  # noqa: E402
+import plan  # noqa: E402
+import toys  # noqa: E402
+import train as training  # noqa: E402
+from model import ModelConfig, NextToken  # noqa: E402
+from thoughts import ThoughtConfig  # noqa: E402
+
+
+def train(*argv):
+    sys.argv = ["train.py", *argv]
+    config.run(training.main)
+
+
+def elastic(*argv):
+    os.environ["TORCHELASTIC_MAX_RESTARTS"] = "1"
+    train(*argv)
+
+
+def train_with_code_in(folder, *argv):
+    training.__file__ = f"{folder}/train.py"
+    train(*argv)
+
+
+def train_with_files_below(n_bytes, *argv):
+    """As on a full disk: nothing can be written beyond that."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(n_bytes), int(n_bytes)))
+    train(*argv)
+
+
+class Exchanges(TorchDispatchMode):
+    """How often ranks exchanged what."""
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.counts[func.__name__.split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def step(kind, accumulate, objective, tied, recompute):
+    """One training step on this rank's share of 4 texts; what was sampled, learnt and exchanged."""
+    quiet = toys.tiny_quiet(model=dict(tied=tied == "tied"))
+    quiet.model.recompute = int(recompute == "recompute")
+    own = quiet if objective == "quiet" else NextToken(quiet.model)
+    place = parallel.join("cpu", kind)
+    spread, comm, thoughts = parallel.spread(own, place), Exchanges(), []
+    ids_BL, uniform_BNPT = toys.texts(4, 8), toys.uniforms(4, 2, 7, 3)
+    rows = parallel.rows_of(place, 4, int(accumulate))
+    with comm:
+        for i, r in enumerate(rows):
+            parallel.meet(spread, place, i == len(rows) - 1)
+            valid_BL = torch.ones(len(r), 8, dtype=torch.bool)
+            more = dict(uniform_BNPT=uniform_BNPT[r]) if objective == "quiet" else {}
+            terms = training.count_terms(valid_BL, quiet.config) * 4 / len(r)
+            outcome = spread(ids_BL[r], valid_BL, terms=terms, **more)
+            (outcome.loss * place.world).backward()
+            thoughts += outcome.thought_BNPT.tolist() if objective == "quiet" else []
+    norm = parallel.clip(own, 1e9).item()
+    predicted = parallel.gathered(own, place, lambda: quiet.predict(ids_BL)[1].sum().item())
+    whole = checkpoint.whole(own, place)
+    del spread
+    parallel.leave()
+    print(json.dumps(dict(thoughts=thoughts, counts=dict(comm.counts), norm=norm,
+                          predicted=predicted, n_whole=len(whole))))
+
+
+def measure(kind, *argv):
+    """Bytes that live at the peak of a second step, counted by operator, and what plan.py says."""
+    cfg, m, c = config.parse(plan.PlanConfig, ModelConfig, ThoughtConfig, argv=argv)
+    place = parallel.join("cpu", kind)
+    ids_BL = toys.texts(cfg.batch * cfg.accumulate, cfg.length, m.vocab_size)
+    uniform_BNPT = toys.uniforms(len(ids_BL), c.n_thoughts, cfg.length - 1, c.thought_len)
+    with plan.Live() as live:
+        quiet = toys.tiny_quiet(model=asdict(m), **asdict(c))
+        quiet.model.recompute = cfg.recompute
+        spread = parallel.spread(quiet, place, getattr(torch, cfg.dtype))
+        optimizer = torch.optim.AdamW(quiet.parameters(), fused=True)
+        for live.counts in (False, True):
+            for i in range(cfg.accumulate):
+                rows = slice(cfg.batch * i, cfg.batch * (i + 1))
+                parallel.meet(spread, place, i == cfg.accumulate - 1)
+                with torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+                    outcome = spread(ids_BL[rows], ids_BL[rows] >= 0,
+                                     uniform_BNPT=uniform_BNPT[rows])
+                outcome.loss.backward()
+            parallel.clip(quiet, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    del spread
+    parallel.leave()
+    print(json.dumps(dict(measured=live.most)))
+
+
+def start(words: list[str], rank: int, world: int, port: int, file) -> int:
+    """The process id of one rank, whose output goes to `file`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    for number in (1, 2):
+        os.dup2(file.fileno(), number)
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_PORT=port)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True",
+                   **{name: str(value) for name, value in place.items()}}
+    status = 0
+    try:
+        globals()[words[0]](*words[1:])
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def wait(pids: list[int], patience: float = 20) -> list[int]:
+    """Exit statuses; `patience` seconds after the first has failed the others are killed."""
+    status, until = {}, float("inf")
+    while len(status) < len(pids):
+        for pid in set(pids) - set(status):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                status[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                until = min(until, time.monotonic() + patience) if status[pid] else until
+            elif time.monotonic() > until:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return [status[pid] for pid in pids]
+
+
+def made(path: str) -> int:
+    """Which of the things that have been at this path is there now; 0 for none."""
+    try:
+        return os.stat(path).st_ctime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def run(ranks: list[list[str]], kill=None) -> dict:
+    before = made(kill[1]) if kill else 0
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    files = [tempfile.TemporaryFile() for _ in ranks]
+    pids = [start(words, rank, len(ranks), store.port, file)
+            for rank, (words, file) in enumerate(zip(ranks, files))]
+    if kill:
+        rank, path, seconds = kill
+        while made(path) in (0, before) and not os.waitid(
+                os.P_PID, pids[rank], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.0005)
+        time.sleep(seconds)
+        os.kill(pids[rank], signal.SIGKILL)
+    status = wait(pids)
+    for file in files:
+        file.seek(0)
+    return dict(status=status, output=[file.read().decode() for file in files])
+
+
+if __name__ == "__main__":
+    print(json.dumps([run(**job) for job in json.load(sys.stdin)]))
