@@ -8,7 +8,7 @@
 # hold 7B: fp32 weights, gradients and moments alone are 117e9. It holds models of up to 4e9
 # parameters, such as
 #   MODEL=Qwen/Qwen2.5-3B sh runs/mistral7b_1gpu.sh
-# and two of 80 GB hold 7B (69e9 each):
+# and two of 80 GB hold 7B (68e9 each):
 #   GPUS=2 BATCH=2 sh runs/mistral7b_8gpu.sh
 set -e
 cd "$(dirname "$0")/.."

@@ -1,5 +1,6 @@
 """The house rules that a machine can hold: what is loved stays small."""
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,13 @@ def test_a_room_is_small_and_says_what_it_is(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert "Read next:" in docstring
     assert f"| [{path.name}]({path.name}) | {len(lines)} |" in (ROOT / "README.md").read_text()
+
+
+def test_each_page_names_the_next_one_of_the_reading_guide():
+    order = re.findall(r"^\| \[(\w+\.py)\]\(\1\)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted(order) == [path.name for path in ROOMS]
+    for page, following in zip(order, order[1:]):
+        assert f"Read next: {following}" in (ROOT / page).read_text(), page
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.name)
