@@ -13,11 +13,9 @@ Read next: shell_game.py, text made for thinking
 import gzip
 import hashlib
 import json
-import os
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ import numpy as np
 import torch
 
 import config
+from files import published
 from tokenizer import load
 
 
@@ -61,17 +60,6 @@ def read_rows(path: str) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path}:{line}: {error}: download it again") from None
     except ValueError as error:
         raise ValueError(f"{path}:{line}: not UTF-8 text, JSON lines or parquet: {error}") from None
-
-
-@contextmanager
-def published(path: str | Path) -> Iterator:
-    """A file to write, which gets its name when it is whole: half of it is never found there."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
 
 
 def prepare(texts: Iterable[str], tokenizer, out: str | Path, val_share: float, sources: list[str],

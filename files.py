@@ -17,9 +17,11 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -125,16 +127,31 @@ def find_checkpoint(folder: str) -> Path:
     return named if named.is_dir() else whole[-1]
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)` makes a file beside `path`, which is then put in place: all or nothing."""
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder; what has been written there is put in place."""
     path, temporary = Path(path), Path(f"{path}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write(temporary)
+        yield temporary
         temporary.chmod(path.parent.stat().st_mode & 0o666)   # safetensors makes private files
         _to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """`write(temporary)` makes a file beside `path`, which is then put in place: all or nothing."""
+    with _beside(path) as temporary:
+        write(temporary)
+
+
+@contextmanager
+def published(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name when it is whole: half of it is never found there."""
+    with _beside(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 def put_in_place(draft: Path, folder: Path) -> None:

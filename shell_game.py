@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 
 import config
-from data import prepare, published
+from data import prepare
+from files import published
 from tokenizer import load
 
 CUPS = "abcde"

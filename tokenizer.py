@@ -22,6 +22,7 @@ import sentencepiece
 
 import bpe
 import config
+from files import published
 
 START_THOUGHT, END_THOUGHT = "<|startthought|>", "<|endthought|>"
 NAMES = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "tokenizer.json", "words.json")
@@ -53,7 +54,6 @@ class Tokenizer:
 
     def copy_to(self, folder: str | Path):
         """Put the file into `folder`, under the name that `find` looks for."""
-        from data import published
         with published(Path(folder, self.name)) as file:
             file.write(Path(self.path).read_bytes())
 
@@ -186,11 +186,10 @@ class TrainConfig:
 
 
 def main():
-    from data import published, read_texts
+    from data import read_texts                # data.py reads this file
     (cfg,) = config.parse(TrainConfig)
     texts = (text for path in cfg.input for text in read_texts(path, cfg.field))
     content = train(texts, cfg.vocab_size)
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     with published(cfg.out) as file:
         file.write(content)
     print(f"{cfg.out}: {load(cfg.out).vocab_size} tokens")

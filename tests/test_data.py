@@ -12,6 +12,7 @@ import torch
 
 import config
 import data
+import files
 
 
 def numbers(vocab_size=1000, bos=None, eos=0):
@@ -152,11 +153,11 @@ def test_a_prepare_killed_over_an_older_one_leaves_it_whole_or_no_meta_json(tmp_
             rename(*paths)
         return replace
 
-    rename = data.os.replace
+    rename = files.os.replace
     for call in range(5):                                       # two .bin, two .idx.npy, meta.json
         folder_of(tmp_path, ["1 2 3"])
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(data.os, "replace", kill_at(call))
+            patch.setattr(files.os, "replace", kill_at(call))
             folder_of(tmp_path, ["4 5 6 7"])
         assert not (tmp_path / "meta.json").exists()
     folder_of(tmp_path, ["1 2 3"])
