@@ -75,14 +75,18 @@ def ask(objective, tokenizer, cfg, place, out: str) -> dict:
                    direct(objective, batch, [answers[q.number] for q in batch], tokenizer, cfg))
         progress(len(batch))
     ledger.wait(place)
-    units, fitted = measures([row for row in ledger.rows().values() if row["number"] in answers])
+    rows = [row for row in ledger.rows().values() if row["number"] in answers]
+    if len(rows) != len(questions):
+        raise ValueError(f"{ledger.path} has {len(rows)} of {len(questions)} questions: some rank "
+                         "did not finish; the same command goes on")
+    units, fitted = measures(rows)
     return dict(of=of, **how, temperatures=fitted, units=units)
 
 
 def identity(folder: str) -> str:
     """Which weights: their folder, and when and how large they were written."""
     files = sorted(weights.find_checkpoint(folder).glob("*"))
-    return ", ".join(f"{path} of {path.stat().st_size} bytes at {path.stat().st_mtime_ns}"
+    return ", ".join(f"{path.name} of {path.stat().st_size} bytes at {path.stat().st_mtime_ns}"
                      for path in files if path.suffix in (".safetensors", ".bin", ".pth"))
 
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 import parallel
 import weights
-from files import put_in_place, stored_tensors, write_atomically
+from files import checkpoints, put_in_place, stored_tensors, write_atomically
 from model import NextToken
 
 MOMENTS = "exp_avg", "exp_avg_sq"        # AdamW's, of the gradient and of its square
@@ -60,7 +60,7 @@ def save(out: Path, step: int, objective, optimizer, settings: dict, tokenizer,
         if place.writes:
             shutil.rmtree(draft, ignore_errors=True)
         raise
-    for old in sorted(out.glob("step-*"))[:-2] if place.writes else ():
+    for old in checkpoints(out)[:-2] if place.writes else ():
         shutil.rmtree(old)
     return folder
 
@@ -114,7 +114,7 @@ def load_optimizer(folder: Path, state: dict, objective, optimizer, place: paral
 
 def other(folder: Path) -> str:
     """What to do about a checkpoint that is damaged."""
-    others = [path for path in sorted(folder.parent.glob("step-*")) if path != folder]
+    others = [path for path in checkpoints(folder.parent) if path != folder]
     return (f": the one before is {others[-1]}; delete {folder} to resume from it" if others
             else ": there is no earlier one; start again with --init_from=scratch or a checkpoint")
 

@@ -29,7 +29,7 @@ CONTROLS = (                              # what is said, whose runs, which of t
     ("filler tokens, trained alike", "filler", "mixed"),
     ("without REINFORCE", "no-reinforce", "mixed"),
     ("Quiet-STaR, not thinking", "thinking", "base"),
-    ("Quiet-STaR, thoughts shuffled", "thinking-swapped", "mixed"),
+    ("Quiet-STaR, thoughts swapped", "thinking-swapped", "mixed"),
     ("Quiet-STaR, thinking", "thinking", "mixed"))
 
 

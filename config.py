@@ -58,6 +58,13 @@ def given(argv: list[str] | None = None) -> set[str]:
             for word in (sys.argv[1:] if argv is None else argv)}
 
 
+def at_least(settings, **least) -> None:
+    """ValueError for the first of these settings that is below its least value, or nan."""
+    for name, value in least.items():
+        if not getattr(settings, name) >= value:
+            raise ValueError(f"--{name}={getattr(settings, name)} is below {value}")
+
+
 def run(main) -> None:
     """Call `main`; a user's mistake is one line on stderr and exit status 2, never a traceback."""
     try:

@@ -10,7 +10,7 @@ Every scored token is predicted twice by the same model: by the base state, and 
 with the one after a single greedy thought at that position; only scored positions think. They are
 the next tokens of a token file (on the shell game the hidden answers, among the five cups), or the
 answers of a task (tasks.py, ask.py). The controls stand on the same footing: the base sharpened by
-a temperature is in every table; shuffled thoughts are --thoughts=swapped; further training without
+a temperature is in every table; swapped thoughts are --thoughts=swapped; further training without
 thoughts and filler tokens are other checkpoints, and --against compares any two results pair by
 pair (evidence.py).
 
@@ -34,8 +34,8 @@ import tasks
 import tokenizer as tokenizers
 import weights
 from evidence import TEMPERATURES, Progress, cell, compare, interval, sharpened, summary, table
-from predict import logits, pack_positions, states, thinks
-from thoughts import QuietSTaR
+from predict import pack_positions, states, thinks
+from thoughts import QuietSTaR, visible_logits
 
 BINNED = dict(difficulty="nll_base", by_entropy="entropy_base", by_weight="mixing_weight")
 N_BINS = 10                               # equally many tokens in each
@@ -84,7 +84,7 @@ def grade(objective, hidden_RD, target_R, choices, temperatures=()):
     entropy of what was predicted, and -log p at each temperature, [R, K]."""
     found = []
     for hidden_rD, target_r in zip(hidden_RD.split(1024), target_R.split(1024)):
-        logits_rV = logits(objective, hidden_rD)
+        logits_rV = visible_logits(objective, hidden_rD)
         at_r1 = logits_rV.gather(1, target_r[:, None])
         logp_rV = logits_rV.log_softmax(-1)
         best_r = (logits_rV.argmax(-1) if choices is None else
@@ -97,17 +97,15 @@ def grade(objective, hidden_RD, target_R, choices, temperatures=()):
 
 
 @torch.no_grad()
-def score(objective, ids_BL, where_BL, choices=None, thoughts: str = "own") -> Scores:
+def score(objective, ids_BL, where_BL, choices=None, thoughts="own", temperatures=()) -> Scores:
     """Score the tokens that follow the positions `where_BL`; `thoughts` as in `states`."""
     position_BP, real_BP = pack_positions(where_BL)
     target_R = ids_BL.gather(1, position_BP + 1)[real_BP]
     text_R = torch.arange(len(ids_BL), device=ids_BL.device)[:, None].expand_as(real_BP)[real_BP]
     base_RD, mixed_RD, weight_R, thought_RT = states(objective, ids_BL, position_BP, real_BP,
                                                      thoughts)
-    nll, right, entropy, nll_at = grade(objective, base_RD, target_R, choices, TEMPERATURES)
-    mixed = nll, right
-    if mixed_RD is not base_RD:
-        mixed = grade(objective, mixed_RD, target_R, choices)
+    nll, right, entropy, nll_at = grade(objective, base_RD, target_R, choices, temperatures)
+    mixed = (nll, right) if mixed_RD is base_RD else grade(objective, mixed_RD, target_R, choices)
     return Scores(text_R.cpu().numpy(), nll, mixed[0], right, mixed[1],
                   weight_R.float().cpu().numpy(), thought_RT.cpu().numpy(), entropy, nll_at)
 
@@ -125,7 +123,8 @@ def held_out_texts(token_file, n_texts: int, length: int):
 
 
 def score_texts(objective, token_file, tokenizer, n_texts: int, length: int, thoughts: str = "own",
-                batch: int = 64, place: parallel.Place = ALONE, tell: bool = True) -> Scores:
+                batch: int = 64, place: parallel.Place = ALONE, tell: bool = True,
+                temperatures=()) -> Scores:
     """Scores of held-out documents: every next token, or the shell game's hidden answers.
 
     Texts of like length share a batch, the longest first; the ranks of `place` share the batches.
@@ -145,18 +144,18 @@ def score_texts(objective, token_file, tokenizer, n_texts: int, length: int, tho
     for rows in chunks[place.rank::place.world]:
         width = max(2, int(length_B[rows[0]]))
         part = score(objective, ids_BL[rows, :width].to(device), where_BL[rows, :width].to(device),
-                     choices, thoughts)
+                     choices, thoughts, temperatures)
         part.text = rows.numpy()[part.text]
         parts.append(part)
         progress(len(part.text) * place.world)
     n_thought = objective.config.thought_len if thinks(objective, thoughts) else 0
-    return gathered(parts, where_BL, n_thought, place)
+    return gathered(parts, where_BL, dict(nll_at=(len(temperatures),), thought=(n_thought,)), place)
 
 
-def gathered(parts: list[Scores], where_BL, n_thought: int, place: parallel.Place) -> Scores:
+def gathered(parts: list[Scores], where_BL, shape: dict, place: parallel.Place) -> Scores:
     """All ranks' scores on all ranks, in the texts' order: each rank adds its own to zeros."""
     first_B = np.concatenate(([0], np.cumsum(where_BL.sum(1).numpy())))
-    shape, whole = dict(nll_at=(len(TEMPERATURES),), thought=(n_thought,)), {}
+    whole = {}
     for field in fields(Scores):
         value = torch.zeros(int(first_B[-1]), *shape.get(field.name, ()), dtype=torch.float64)
         for part in parts:
@@ -225,7 +224,8 @@ class EvalConfig:
         if self.task and len(self.thought_len) > 1:
             raise ValueError(f"--thought_len={self.thought_len} sweeps over --data; a task takes "
                              "one length")
-
+        config.at_least(self, texts=1, length=2, limit=0, votes=0, temperature=0, max_new=1, seed=0,
+                        batch=1)
 
     @property
     def name(self) -> str:
@@ -241,11 +241,11 @@ def score_data(objective, tokenizer, cfg: EvalConfig, place) -> dict:
 
     def measure() -> Scores:
         return score_texts(objective, token_file, tokenizer, cfg.texts, cfg.length, cfg.thoughts,
-                           cfg.batch, place)
+                           cfg.batch, place, temperatures=TEMPERATURES)
     scores = measure()
     units = scores.units()
-    of = dict(sources=token_file.meta["sources"], split=cfg.split, texts=cfg.texts,
-              length=cfg.length)
+    of = dict(sources=token_file.meta["sources"], tokenizer=tokenizer.sha256, split=cfg.split,
+              texts=cfg.texts, length=cfg.length)
     result = dict(of=of, tokens=len(scores.text), thoughts=cfg.thoughts, units=units,
                   thought_len=scores.thought.shape[1], temperatures=dict(nll=scores.temperatures),
                   **{name: bins(scores, by) for name, by in BINNED.items()})
@@ -304,13 +304,14 @@ def main():
         result = score_data(objective, tokenizer, cfg, place)
     means = summary(result["units"])
     result["units"] = {name: total.tolist() for name, total in result["units"].items()}
-    if cfg.against:
-        result["differences"] = compare(result, cfg.against)
+    try:
+        result |= dict(differences=compare(result, cfg.against)) if cfg.against else {}
+    finally:                                  # what was measured stays, whatever it is compared to
+        if place.writes and out:
+            weights.write_atomically(out, lambda path: path.write_text(json.dumps(result | means)))
     if place.writes:
         show(result, means, cfg)
-    if place.writes and out:
-        weights.write_atomically(out, lambda path: path.write_text(json.dumps(result | means)))
-        print(f"wrote {out}")
+        print(f"wrote {out}" if out else "")
     parallel.leave()
 
 

@@ -20,6 +20,7 @@ import torch
 
 import parallel
 import weights
+from files import read_json
 
 N_BOOTSTRAP = 1000
 TEMPERATURES = 2.0 ** (np.arange(-12, 9) / 4)      # 1/8 to 4, and 1 among them
@@ -73,12 +74,16 @@ def summary(units: dict[str, np.ndarray]) -> dict[str, dict]:
 
 def compare(result: dict, path: str) -> dict[str, dict]:
     """What this result has beyond that of another json, pair by pair. ValueError if it is of other
-    texts or questions."""
-    other = json.loads(Path(path).read_text())
-    if other.get("of") != result["of"]:
-        raise ValueError(f"{path} is of {other.get('of')}, not of {result['of']}: only the same "
-                         "texts or questions can be compared")
+    texts, tokens or questions."""
+    other = read_json(Path(path))
+    if not isinstance(other, dict) or other.get("of") != result["of"]:
+        found = other.get("of") if isinstance(other, dict) else "something else"
+        raise ValueError(f"{path} is of {found}, not of {result['of']}: only the same texts or "
+                         "questions can be compared")
     mine, theirs = result["units"], other["units"]
+    if list(theirs["count"]) != list(mine["count"]):
+        raise ValueError(f"{path} counts other tokens of the same texts: only the same tokens can "
+                         "be compared")
     return {name: interval(np.subtract(mine[name], theirs[name]), mine["count"])
             for name in mine if name in theirs and name != "count"}
 
@@ -136,19 +141,19 @@ class Ledger:
         self.path = Path(path)
         if place.writes:
             rows = self.lines() if self.path.is_file() else []
-            if rows and rows[0] != of:
+            if len(rows) > 1 and rows[0] != of:
                 key = next((k for k in of if rows[0].get(k) != of[k]), "what it holds")
                 raise ValueError(f"{path} was made with another {key} ({rows[0].get(key)}, now "
                                  f"{of.get(key)}): delete it, or choose another --out")
-            text = "".join(json.dumps(row) + "\n" for row in (rows or [of]))
+            text = "".join(json.dumps(row) + "\n" for row in [of, *rows[1:]])
             self.path.parent.mkdir(parents=True, exist_ok=True)
             weights.write_atomically(self.path, lambda path: path.write_text(text))
         self.wait(place)
         self.done = self.rows()
 
     def wait(self, place: parallel.Place):
-        """Until all ranks are here."""
-        parallel.total(torch.zeros(1, device=place.device))
+        """Until all ranks are here: a GPU's sum is not there before it is read."""
+        parallel.total(torch.zeros(1, device=place.device)).item()
 
     def lines(self) -> list[dict]:
         """Those that are whole."""

@@ -3,7 +3,7 @@
     python figures.py --kind=mask --out=mask.png
     python figures.py --kind=curves --input=out/quiet/log.jsonl,out/plain/log.jsonl --out=curves.png
     python figures.py --kind=top --input=out/quiet/eval.json,out/quiet/log.jsonl --out=top.png
-    python figures.py --kind=table --input=out/seed*/eval/*.json     # mean and spread by file name
+    python figures.py --kind=table --input=0-base.json,1-base.json   # mean and spread by file name
 
 Needs matplotlib (pip install matplotlib), except for the table.
 

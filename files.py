@@ -115,13 +115,21 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON ({error}): download it again") from None
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """A run's own, oldest first; a copy under another name is not one."""
+    own = [path for path in out.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(own, key=lambda path: int(path.name[5:]))
+
+
 def find_checkpoint(folder: str) -> Path:
     """A folder with a model in it, or the newest checkpoint of a run's folder."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} is missing: name a folder that holds a checkpoint")
     pointer = Path(folder, "latest")
     if not pointer.is_file():
         return Path(folder)
     named = Path(folder, pointer.read_text().strip())
-    whole = sorted(path for path in Path(folder).glob("step-*") if path.is_dir())
+    whole = checkpoints(Path(folder))
     if not named.is_dir() and not whole:
         raise FileNotFoundError(f"{pointer} names {named.name}, which is gone as are all others")
     return named if named.is_dir() else whole[-1]

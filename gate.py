@@ -28,7 +28,7 @@ import weights
 from eval import Scores, held_out_texts
 from generate import Gate
 from head import rows_at_a_time
-from thoughts import QuietSTaR
+from thoughts import QuietSTaR, visible_logits
 
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)   # of the positions, in the table
 
@@ -65,9 +65,9 @@ def observe(quiet: QuietSTaR, token_file, texts: slice, length: int, batch: int 
         n_rows = rows_at_a_time(quiet.model.head.weight)
         for base, mixed, target, text in zip(*(t.split(n_rows) for t in (
                 base_RD, mixed_RD, target_R1, text_R.expand_as(scored)[scored]))):
-            logits = quiet.model.head(base).float()
+            logits = visible_logits(quiet, base)
             logp, logp_mixed = (x.log_softmax(-1).gather(1, target)[:, 0]
-                                for x in (logits, quiet.model.head(mixed).float()))
+                                for x in (logits, visible_logits(quiet, mixed)))
             found.append((base.float(), Gate(0).score(base, logits), -logp, -logp_mixed, text))
     base_RD, *rest = map(torch.cat, zip(*found))
     return Positions(base_RD.cpu(), *(t.float().cpu().numpy() for t in rest[:-1]),
@@ -97,8 +97,9 @@ def curve(score_R, seen: Positions, tuned_R) -> list[dict]:
         limit = threshold(tuned_R, share)
         thinks_R = score_R >= limit
         scores = seen.gated(thinks_R)
-        points.append(dict(share=float(thinks_R.mean()), threshold=limit, gain=scores.mean("gain"),
-                           interval=scores.interval("gain"), kept=scores.mean("gain") / full))
+        gain = scores.mean("gain")
+        points.append(dict(share=float(thinks_R.mean()), threshold=limit, gain=gain,
+                           interval=scores.interval("gain"), kept=gain / (full or 1)))
     return points
 
 

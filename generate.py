@@ -23,7 +23,7 @@ import torch
 from files import read_json
 from head import choose_tokens
 from model import CausalContext, KVCache
-from thoughts import QuietSTaR, mix
+from thoughts import QuietSTaR, mix, visible_logits
 
 VISIBLE_DRAWS = 4                         # purpose of random numbers; train.py has 1 to 3
 COMPILED = dict(mode="reduce-overhead", fullgraph=True, dynamic=False)     # that is, CUDA graphs
@@ -71,6 +71,8 @@ def read_gate(said: str, dim: int) -> Gate:
             raise ValueError(f"--gate={said} is neither a number of nats nor a file of "
                              "gate.py's") from None
     found = read_json(Path(said))
+    if not isinstance(found, dict):
+        raise ValueError(f"{said} is not a gate that gate.py wrote")
     if len(found.get("probe", ())) != dim:
         raise ValueError(f"{said} probes states of width {len(found.get('probe', ()))}, the "
                          f"model's have {dim}: fit it on this checkpoint (gate.py)")
@@ -94,7 +96,8 @@ def choose_visible(logits_BV, uniform_B, temperature: float, top_k: int = 0, top
     total_B1 = below_BV[:, -1:]
     mark_B1 = torch.minimum(uniform_B[:, None] * total_B1,  # strictly below the total: p > 0 there
                             torch.nextafter(total_B1, total_B1 * 0))
-    return token_BV.gather(1, torch.searchsorted(below_BV, mark_B1, right=True))[:, 0]
+    found_B1 = torch.searchsorted(below_BV, mark_B1, right=True).clamp(max=p_BV.shape[1] - 1)
+    return token_BV.gather(1, found_B1)[:, 0]
 
 
 class Generator:
@@ -112,8 +115,7 @@ class Generator:
                  top_p: float = 1.0, streams: list[np.random.Generator] | None = None,
                  gate: Gate | None = None, compiled: bool = False):
         self.quiet = model if isinstance(model, QuietSTaR) and think else None
-        self.mistral = model.model if isinstance(model, QuietSTaR) else model
-        self.markers = list(model.config.marker_ids) if isinstance(model, QuietSTaR) else []
+        self.model, self.mistral = model, model.model if isinstance(model, QuietSTaR) else model
         self.choice, self.gate = (temperature, top_k, top_p), gate
         self.generator, self.streams = generator, streams
         self.n_thought = self.quiet.config.thought_len + 2 if self.quiet else 0
@@ -123,6 +125,8 @@ class Generator:
             raise ValueError(f"prompt is {ids_BL.shape[1]} tokens, {max_new} more are asked for, "
                              f"context is {context}: shorten the prompt or lower --max_new")
         weight, self.position_B1 = self.mistral.embed.weight, length_B[:, None] - 1
+        if compiled:                          # few sizes: each is compiled anew
+            slots = max(256, 1 << (slots - 1).bit_length())
         self.cache = KVCache(self.mistral.config, len(ids_BL), slots, weight.device, weight.dtype)
         self.transform, self.compiled = self.mistral.transform, compiled
         every_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
@@ -151,7 +155,7 @@ class Generator:
             base_bD = base_BD[thinks_B]
             weight_b1 = self.quiet.mixing_head(torch.cat((base_bD, after_bD), dim=-1))
             weight_B[thinks_B] = weight_b1[:, 0]
-            logits_BV[thinks_B] = self._logits(mix(base_bD, after_bD, weight_b1))
+            logits_BV[thinks_B] = visible_logits(self.model, mix(base_bD, after_bD, weight_b1))
         token_B = choose_visible(logits_BV, self._uniform(len(logits_BV)), *self.choice)
         base_logp_BV, logp_BV = base_logits_BV.log_softmax(-1), logits_BV.log_softmax(-1)
         gain_BV = logp_BV - base_logp_BV
@@ -169,18 +173,12 @@ class Generator:
             position_BS = torch.cat((self.position_B1, self.position_B1 + 1), dim=1)
             base_BD, started_BD = self._read(x_BSD, position_BS, self.cache).unbind(1)
             everyone_B = torch.ones(B, dtype=torch.bool, device=base_BD.device)
-            return everyone_B, base_BD, self._logits(base_BD), started_BD
+            return everyone_B, base_BD, visible_logits(self.model, base_BD), started_BD
         base_BD = self._read(x_B1D, self.position_B1, self.cache)[:, 0]
-        logits_BV = self._logits(base_BD)
+        logits_BV = visible_logits(self.model, base_BD)
         thinks_B = (self.gate.opens(base_BD, logits_BV) if self.quiet else
                     torch.zeros(B, dtype=torch.bool, device=base_BD.device))
         return thinks_B, base_BD, logits_BV, None
-
-    def _logits(self, hidden_BD):
-        """Of the visible tokens: a marker that has a row in the vocabulary is never emitted."""
-        logits_BV = torch.nn.functional.linear(hidden_BD, self.mistral.head.weight).float()
-        logits_BV[:, self.markers] = -torch.inf
-        return logits_BV
 
     def _uniform(self, B: int):
         device = self.last_B1.device

@@ -2,9 +2,8 @@
 
     pip install lm-eval==0.4.13
     python harness.py run --model quiet_star --model_args checkpoint=out/quiet --tasks gsm8k_cot
-    python harness.py --files=gsm8k_cot_zeroshot=test.jsonl,commonsense_qa=dev.jsonl \\
-        run --model quiet_star --model_args checkpoint=out/quiet,thoughts=none \\
-        --tasks gsm8k_cot_zeroshot,commonsense_qa
+    python harness.py --files=gsm8k_cot_zeroshot=test.jsonl,commonsense_qa=dev.jsonl run --model \\
+        quiet_star --model_args checkpoint=out/quiet --tasks gsm8k_cot_zeroshot,commonsense_qa
 
 The first word behind --files, and all else, is the harness's own command line: this page registers
 a model, `quiet_star`, and hands over. Its --model_args are checkpoint, thoughts (own, swapped,
@@ -124,6 +123,8 @@ class QuietStarLM(TemplateLM):
 
         A request draws from numbers of its own place in the list: batches change nothing.
         """
+        if self.thoughts == "swapped":
+            raise ValueError("thoughts=swapped: text being written has nobody to swap with")
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         same: dict[str, list[int]] = {}
         for number, request in enumerate(requests):

@@ -13,12 +13,12 @@ Read next: attention.py
 import torch
 import torch.nn.functional as F
 
-LOGITS, LOGITS_ON_GPU = 1 << 22, 1 << 25      # 17 and 134 MB in fp32; GPUs want larger products
+ROWS = 1024                           # whose logits exist at a time: 131 MB at V = 32000 in fp32
 
 
 def rows_at_a_time(head_VD) -> int:
-    """Rows whose logits may exist at a time."""
-    return max(1, (LOGITS_ON_GPU if head_VD.is_cuda else LOGITS) // len(head_VD))
+    """ROWS on a GPU, which wants large products; on a CPU no more than have 4 M logits, 17 MB."""
+    return ROWS if head_VD.is_cuda else max(1, min(ROWS, (1 << 22) // len(head_VD)))
 
 
 class WeightedNLL(torch.autograd.Function):

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from head import weighted_nll
 
-PIECE = 2048                          # tokens that go through a feed-forward layer at a time
+PIECE = 2048                          # tokens of a text that a feed-forward layer takes at a time
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class ModelConfig:
     max_seq_len: int = 32768          # tokens
 
     def __post_init__(self):
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1")
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.n_heads % self.n_kv_heads:
@@ -171,7 +174,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BSD, norm):
         """x + ffn(norm(x)): the whole second half of a block, so that it can go in pieces."""
-        pieces = [x + self.piece(norm(x)) for x in x_BSD.split(max(1, PIECE // len(x_BSD)), dim=1)]
+        pieces = [x + self.piece(norm(x)) for x in x_BSD.split(PIECE, dim=1)]
         return torch.cat(pieces, dim=1)
 
     def piece(self, x_BSD):

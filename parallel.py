@@ -18,6 +18,7 @@ import hashlib
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,11 @@ def pick_device(name: str) -> torch.device:
         raise ValueError("--device=cuda, but this PyTorch sees no CUDA device: use --device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    here, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if here >= there:
+        raise ValueError(f"process {here} of this node has no GPU of its own: there are {there}; "
+                         "lower --nproc_per_node")
+    return torch.device("cuda", here)
 
 
 def join(device: str, kind: str = "auto") -> Place:
@@ -66,7 +71,7 @@ def join(device: str, kind: str = "auto") -> Place:
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:       # one node counts
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if here.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world)
+                                world_size=world, timeout=timedelta(hours=2))   # 87 GB to a disk
     return Place(rank, world, here, "none" if world == 1 else "ddp" if kind == "auto" else kind)
 
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_iter
 import config
 import parallel
 from attention import PackedContext
-from head import LOGITS_ON_GPU
+from head import ROWS
 from model import Block, Mistral, ModelConfig, rope
 from thoughts import QuietSTaR, ThoughtConfig
 
@@ -41,6 +41,11 @@ class PlanConfig:
     recompute: int = 1                # activation checkpointing of every n-th block; 0 none, 1 all
     nvlink: float = 450.0             # GB/s that a GPU receives within its node (H100, H200)
     network: float = 50.0             # GB/s that a GPU receives from other nodes (400 Gb/s each)
+
+    def __post_init__(self):
+        config.at_least(self, batch=1, accumulate=1, length=2, recompute=0)
+        if min(self.gpus) < 1:
+            raise ValueError(f"--gpus={min(self.gpus)} is below 1")
 
     @property
     def width(self) -> int:           # bytes of a number in a matrix product
@@ -130,7 +135,7 @@ def plan(cfg: PlanConfig, m: ModelConfig, c: ThoughtConfig, kind: str, world: in
     predictions = B * P + B * N * sum(P - a for a in range(A))
     n_again = -(-m.n_layers // cfg.recompute) if cfg.recompute else 0          # blocks run again
     activations = n_again * stream + (m.n_layers - n_again) * saved + stream
-    chunk = min(LOGITS_ON_GPU // V, predictions) * V * (8 if b == 4 else 10)
+    chunk = min(ROWS, predictions) * V * (8 if b == 4 else 10)
     head = 4 * V * D * 2 + b * V * D + chunk + 8 * predictions * D
     kv = 2 * m.n_layers * m.n_kv_heads * m.head_dim * B * (L + N * P * T) * b
     exchange = 4 * block * 2 if sharded else 0                 # being sent, and the one before

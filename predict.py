@@ -19,7 +19,7 @@ import torch
 
 from generate import Generator
 from model import CausalContext
-from thoughts import QuietSTaR, base_at
+from thoughts import QuietSTaR, base_at, visible_logits
 
 
 def thinks(objective, thoughts: str = "own") -> bool:
@@ -59,12 +59,6 @@ def states(objective, ids_BL, position_BP, real_BP, thoughts: str = "own"):
     return base_BPD[real_BP], *(t[:, 0][real_BP] for t in (mixed_BNPD, weight_BNP, thought_BNPT))
 
 
-def logits(objective, hidden_RD):
-    """Over the vocabulary, fp32."""
-    head_VD = objective.model.head.weight.to(hidden_RD.dtype)
-    return torch.nn.functional.linear(hidden_RD, head_VD).float()
-
-
 @torch.no_grad()
 def predictions(objective, texts: list[tuple[list[int], int]], thoughts: str = "own") -> Iterator:
     """For each text (ids, start): base and mixed logits_SV of its tokens from `start` on, each
@@ -82,8 +76,10 @@ def predictions(objective, texts: list[tuple[list[int], int]], thoughts: str = "
     sizes = real_BP.sum(1).tolist()
     parts = [t.split(sizes) for t in (base_RD, mixed_RD, weight_R)]
     for base_SD, mixed_SD, weight_S in zip(*parts):
-        base_SV = logits(objective, base_SD)
-        yield base_SV, base_SV if mixed_RD is base_RD else logits(objective, mixed_SD), weight_S
+        base_SV = mixed_SV = visible_logits(objective, base_SD)
+        if mixed_RD is not base_RD:
+            mixed_SV = visible_logits(objective, mixed_SD)
+        yield base_SV, mixed_SV, weight_S
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class SampleConfig:
     threshold: float = 0.0            # show only thoughts that gained or lost so many nats
     json: bool = False                # a line of JSON per token, with everything
     html: str = ""                    # file: a page that shows everything
-    compile: bool = False             # the first token takes minutes, the others less (on a GPU)
+    compile: bool = False             # for long texts on a GPU: the first token takes minutes
     device: str = "auto"              # auto | cpu | cuda
 
     def __post_init__(self):
@@ -60,9 +60,7 @@ class SampleConfig:
             raise ValueError(f"--think={self.think} is not one of always, never, gate")
         if (self.think == "gate") != bool(self.gate):
             raise ValueError("--think=gate and --gate=NATS (or FILE) need each other")
-        for name, least in (("max_new", 1), ("samples", 1), ("temperature", 0), ("top_k", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"--{name}={getattr(self, name)} is below {least}")
+        config.at_least(self, max_new=1, samples=1, temperature=0, top_k=0, seed=0)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p={self.top_p} is not above 0 and at most 1")
         if self.samples > 1 and self.temperature == 0:

@@ -289,6 +289,18 @@ class QuietSTaR(nn.Module):
         return base_BPD, mixed_BNPAD[..., 0, :], weight_BNPA[..., 0], thought_BNPT
 
 
+def visible_logits(model, hidden_RD):
+    """Of what may come next in a text, fp32: rows of the vocabulary that belong to markers are out.
+
+    `model`: a QuietSTaR, a Mistral, or anything else with a `.model` that is one.
+    """
+    head_VD = (model if isinstance(model, Mistral) else model.model).head.weight
+    logits_RV = nn.functional.linear(hidden_RD, head_VD.to(hidden_RD.dtype)).float()
+    if isinstance(model, QuietSTaR):
+        logits_RV[:, list(model.config.marker_ids)] = -torch.inf
+    return logits_RV
+
+
 def base_at(x_BL, position_BP, n_true: int):
     """The text's values (or vectors) at positions j .. j+A-1 of each thinker j, [B, P, A, ...].
 

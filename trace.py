@@ -19,7 +19,7 @@ import torch
 from generate import Emitted, Gate, Generator
 from head import rows_at_a_time
 from model import CausalContext
-from thoughts import QuietSTaR
+from thoughts import QuietSTaR, visible_logits
 
 BEST = 5                                  # predictions kept of each token
 
@@ -143,28 +143,20 @@ def given(objective, tokenizer, ids: list[int], think: bool = True,
     base_LD = model(ids_BL, CausalContext(every_BL))[0, :-1]
     thinks_L, n_rows = torch.full((len(base_LD),), think), rows_at_a_time(model.head.weight)
     if think and gate:
-        thinks_L = torch.cat([gate.opens(h_RD, _logits(objective, h_RD))
+        thinks_L = torch.cat([gate.opens(h_RD, visible_logits(objective, h_RD))
                               for h_RD in base_LD.split(n_rows)])
     found = _think_at(objective, ids_BL, thinks_L) if thinks_L.any() else {}
     line, tokens = Line(tokenizer, ids), []
     for start in range(0, len(base_LD), n_rows):
-        base_RV = _logits(objective, base_LD[start:start + n_rows]).log_softmax(-1)
+        base_RV = visible_logits(objective, base_LD[start:start + n_rows]).log_softmax(-1)
         for j, base_V in enumerate(base_RV, start):             # the thought behind token j
             token, mixed_V, weight, thought_T = line.prompt[j + 1], base_V, 0.0, None
             if j in found:
                 mixed_D, weight, thought_T, token.reward = found[j]
-                mixed_V = _logits(objective, mixed_D[None])[0].log_softmax(-1)
+                mixed_V = visible_logits(objective, mixed_D[None])[0].log_softmax(-1)
             tokens.append(observed(token, tokenizer, base_V, mixed_V, weight, thought_T))
     tokens[-1].text += line.stream.flush()
     return [line.prompt[0], *tokens]
-
-
-def _logits(objective, hidden_RD):
-    """Of the visible tokens, as in generation: without the rows that belong to the markers."""
-    logits_RV = objective.model.head(hidden_RD).float()
-    if isinstance(objective, QuietSTaR):
-        logits_RV[:, list(objective.config.marker_ids)] = -torch.inf
-    return logits_RV
 
 
 def _think_at(quiet: QuietSTaR, ids_BL, thinks_L) -> dict[int, tuple]:

@@ -75,8 +75,8 @@ class TrainConfig:
                             ("parallel", ("auto", "none", "ddp", "fsdp"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name}={getattr(self, name)} is not one of {', '.join(known)}")
-        if self.recompute < 0:
-            raise ValueError(f"--recompute={self.recompute} is below 0")
+        config.at_least(self, batch=1, accumulate=1, length=2, steps=0, eval_every=0, eval_texts=1,
+                        save_every=1, recompute=0, lr=0, seed=0)
         if not 0 < self.think_share <= 1:
             raise ValueError(f"--think_share={self.think_share} is not above 0 and at most 1")
         if not self.out or not self.data:
@@ -266,6 +266,10 @@ def main():
     if cfg.compile:
         objective.model.compile_blocks()
     settings = asdict(cfg) | asdict(objective.model.config) | asdict(thought_cfg)
+    hanging = (thought_cfg.thought_len + thought_cfg.n_true + 1) * (cfg.objective == "quiet")
+    if cfg.length + hanging > objective.model.config.max_seq_len:
+        raise ValueError(f"--length={cfg.length} and {hanging} for a thought and what it is graded "
+                         f"on exceed the context of {objective.model.config.max_seq_len}")
     step = state["step"] if state else 0
     parallel.agree(facts(settings, step, tokenizer, objective), place)
     dtype = getattr(torch, cfg.dtype)

@@ -86,9 +86,10 @@ def load(folder: str | Path, device="cpu", dtype: torch.dtype | None = torch.flo
 
 
 def load_objective(folder: str, device: str, tokenizer) -> QuietSTaR | NextToken:
-    """What is sampled from and evaluated; `device` auto, cpu (in fp32) or cuda (as stored)."""
+    """What is sampled from and evaluated; `device` auto, cpu (fp32) or cuda (bfloat16)."""
     here = parallel.pick_device(device)
-    model = load(find_checkpoint(folder), here, torch.float32 if here.type == "cpu" else None)
+    dtype = torch.float32 if here.type == "cpu" else torch.bfloat16
+    model = load(find_checkpoint(folder), here, dtype)
     objective = model if isinstance(model, QuietSTaR) else NextToken(model)
     check_tokenizer(folder, objective.model.config, tokenizer)
     return objective

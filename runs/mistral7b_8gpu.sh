@@ -17,7 +17,10 @@ corpus="${CORPUS:-owm}" repository="${MODEL:-mistralai/Mistral-7B-v0.1}"
 model=$(basename "$repository")
 data=data/$model-$corpus out=out/$model-$corpus
 
-[ -f "$model/config.json" ] || hf download "$repository" --local-dir "$model" --exclude "*.bin"
+[ -f "$model/.whole" ] || {                 # an interrupted download goes on
+  hf download "$repository" --local-dir "$model" --exclude "*.bin"
+  touch "$model/.whole"
+}
 if [ ! -f "$data/meta.json" ]; then         # a few files of the corpus hold far more than a run sees
   if [ "$corpus" = owm ]; then
     hf download open-web-math/open-web-math --repo-type dataset --local-dir raw/owm \

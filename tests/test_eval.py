@@ -181,6 +181,12 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(call, game, tmp_
     assert none["differences"]["nll_base"]["mean"] == pytest.approx(0, abs=1e-5)
     gain = told["nll_mixed-nll_base"]["mean"]
     assert none["differences"]["nll_mixed"]["mean"] == pytest.approx(-gain, abs=1e-5)
+    told["units"]["count"][3] += 1
+    (tmp_path / "scores.json").write_text(json.dumps(told))
+    status, _, stderr = call(evaluation, *argv, f"--against={tmp_path}/scores.json",
+                             f"--out={tmp_path}/again.json")
+    assert status == 2 and "counts other tokens of the same texts" in stderr
+    assert json.loads((tmp_path / "again.json").read_text())["nll_mixed"] == told["nll_mixed"]
 
 
 def test_a_sweep_scores_the_same_tokens_after_thoughts_of_each_length(call, game, tmp_path):
@@ -218,6 +224,8 @@ def test_a_mistake_is_one_line(call, game, tmp_path):
     weights.save(tiny_mistral(vocab_size=20), tmp_path / "plain")
     for argv, words in (
             ([f"--checkpoint={tmp_path}", f"--data={game}/silent"], "holds no whole checkpoint"),
+            ([f"--checkpoint={tmp_path}", "--data=x", "--texts=0"], "--texts=0 is below 1"),
+            ([f"--checkpoint={tmp_path}/gone", f"--data={game}/silent"], "gone is missing"),
             (["--data=x"], "--checkpoint=FOLDER and --data=FOLDER (or"),
             ([f"--checkpoint={tmp_path}", "--data=x", "--thoughts=mine"], "--thoughts=mine"),
             ([f"--checkpoint={tmp_path}/plain", f"--data={game}/silent", "--thought_len=2"],

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import files
 import shell_game
 import train
 import weights
@@ -281,14 +282,24 @@ def test_only_the_last_two_checkpoints_are_kept(call, game, tmp_path):
     assert (tmp_path / "run" / "latest").read_text() == "step-000006"
 
 
+def test_checkpoints_are_a_runs_own_in_the_order_of_their_steps(tmp_path):
+    for name in ("step-1000000", "step-999900", "step-000004-best", "step-000004"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in files.checkpoints(tmp_path)] == ["step-000004", "step-999900",
+                                                                  "step-1000000"]
+
+
 @pytest.mark.parametrize("changes, words", [
     (["--steps=many"], "--steps: invalid int value: 'many'"),
     (["--stepz=3"], "unknown option --stepz=3; did you mean --steps?"),
     (["--data=nowhere"], "nowhere"),
     (["--length=100000", "--crops=stream"], "100000"),
+    (["--thought_len=500"], "exceed the context of 128"),
+    (["--save_every=0"], "--save_every=0 is below 1"),
+    (["--accumulate=0"], "--accumulate=0 is below 1"),
     (["--batch=5", "--accumulate=2"], "batch=5 does not divide into 1 ranks x accumulate=2"),
     (["--objective=loud"], "--objective=loud is not one of quiet, plain"),
-    (["--init_from=nowhere"], "nowhere holds no whole checkpoint"),
+    (["--init_from=nowhere"], "nowhere is missing"),
     (["--init_from=resume"], "nothing to resume"),
     (["--n_kv_heads=3"], "n_heads=2 is not a multiple of n_kv_heads=3"),
     (["--vocab_size=7"], "has 20 tokens, model embeds 7"),
