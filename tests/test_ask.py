@@ -11,6 +11,7 @@ import torch
 
 import ask
 import eval as evaluation
+import evidence
 import predict
 import questions
 import tasks
@@ -238,13 +239,25 @@ def test_a_mistake_is_one_line(call, school, changes, words):
     assert status == 2 and words.replace("GSM", gsm) in stderr and stderr.count("\n") == 1
 
 
-def test_what_other_weights_or_settings_said_is_not_gone_on_with(call, school, tmp_path):
+def test_what_other_weights_or_settings_said_is_not_gone_on_with(call, school, tmp_path,
+                                                                 monkeypatch):
     asked(call, school, tmp_path, "gsm8k", "--limit=2")
     status, _, stderr = call(evaluation, f"--checkpoint={school}/plain", "--task=gsm8k",
                              "--limit=2", f"--file={school}/gsm8k.jsonl",
                              f"--out={tmp_path}/answers.json")
     assert status == 2 and "was made with another weights" in stderr and stderr.count("\n") == 1
     asked(call, school, tmp_path, "gsm8k", "--limit=2")                       # the same: goes on
+    whole = (tmp_path / "answers.jsonl").read_text()
+    monkeypatch.setattr(evidence.Ledger, "add", lambda ledger, rows: None)    # another rank died
+    (tmp_path / "answers.jsonl").write_text(whole[:whole.rstrip("\n").rindex("\n") + 1])
+    status, _, stderr = call(evaluation, f"--checkpoint={school}/quiet", "--task=gsm8k",
+                             "--limit=2", f"--file={school}/gsm8k.jsonl",
+                             f"--out={tmp_path}/answers.json")
+    assert status == 2 and "has 1 of 2 questions" in stderr
+    monkeypatch.undo()
+    asked(call, school, tmp_path, "gsm8k", "--limit=2")
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()[1:]
+    assert len({json.loads(line)["number"] for line in lines}) == 2
     status, _, stderr = call(evaluation, f"--checkpoint={school}/quiet", "--task=gsm8k",
                              f"--file={school}/gsm8k.jsonl", f"--out={tmp_path}/other.json",
                              f"--against={tmp_path}/answers.json")

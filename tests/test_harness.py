@@ -136,6 +136,9 @@ def test_its_own_command_line_runs_both_tasks_on_local_files(school, tmp_path):
 def test_a_mistake_is_one_line(call, school, monkeypatch):
     status, _, stderr = call(harness, f"--files=sums={school}/gsm8k.jsonl")
     assert status == 2 and "the harness has no task 'sums'" in stderr
+    swapped = harness.QuietStarLM(checkpoint=f"{school}/quiet", thoughts="swapped")
+    with pytest.raises(ValueError, match="being written has nobody to swap with"):
+        swapped.generate_until([])
     monkeypatch.setattr(harness, "TemplateLM", object)
     status, _, stderr = call(harness, "run")
     assert status == 2 and stderr == ("error: the lm-evaluation-harness is not here: "

@@ -784,7 +784,7 @@ def test_the_command_keeps_the_stored_dtype_and_needs_no_tokenizer(tmp_path, mon
 @pytest.mark.parametrize("options, message", [
     ([], "--checkpoint=FOLDER and --out=FOLDER are needed"),
     (["--checkpoint=a", "--out=b", "--dtype=int8"], "--dtype=int8 is not one of float32, bfloat16"),
-    (["--checkpoint=nowhere", "--out=b"], "nowhere holds no whole checkpoint")])
+    (["--checkpoint=nowhere", "--out=b"], "nowhere is missing")])
 def test_the_command_ends_mistakes_in_one_line(options, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["weights.py", *options])
     with pytest.raises(SystemExit) as end:
