@@ -311,7 +311,8 @@ def main():
             weights.write_atomically(out, lambda path: path.write_text(json.dumps(result | means)))
     if place.writes:
         show(result, means, cfg)
-        print(f"wrote {out}" if out else "")
+    if place.writes and out:
+        print(f"wrote {out}")
     parallel.leave()
 
 
