@@ -71,8 +71,9 @@ def ask(objective, tokenizer, cfg, place, out: str) -> dict:
                if any(q.number not in ledger.done for q in batch)]
     progress = Progress(sum(map(len, batches)), f"{cfg.task} on this rank", place)
     for batch in batches:
-        ledger.add(reason(objective, batch, tokenizer, cfg) if cfg.votes else
-                   direct(objective, batch, [answers[q.number] for q in batch], tokenizer, cfg))
+        rows = (reason(objective, batch, tokenizer, cfg) if cfg.votes else
+                direct(objective, batch, [answers[q.number] for q in batch], tokenizer, cfg))
+        ledger.add([row for row in rows if row["number"] not in ledger.done])
         progress(len(batch))
     ledger.wait(place)
     rows = [row for row in ledger.rows().values() if row["number"] in answers]

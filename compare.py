@@ -29,7 +29,7 @@ CONTROLS = (                              # what is said, whose runs, which of t
     ("filler tokens, trained alike", "filler", "mixed"),
     ("without REINFORCE", "no-reinforce", "mixed"),
     ("Quiet-STaR, not thinking", "thinking", "base"),
-    ("Quiet-STaR, thoughts swapped", "thinking-swapped", "mixed"),
+    ("Quiet-STaR, thoughts shuffled", "thinking-swapped", "mixed"),
     ("Quiet-STaR, thinking", "thinking", "mixed"))
 
 
@@ -48,6 +48,9 @@ def controls(paths: tuple[str, ...], out: str):
     found = runs(paths)
     figure, (right, nll, length) = canvas(3, 4.4, 3.6)
     shown = [control for control in CONTROLS if control[1] in found]
+    if not shown:
+        raise ValueError(f"no control among {', '.join(found)}: files are named after "
+                         f"{', '.join(dict.fromkeys(name for _, name, _ in CONTROLS))}")
     for place, (_, name, which) in enumerate(reversed(shown)):
         colour = MIXED if (name, which) == ("thinking", "mixed") else BASE
         best = "base" if which == "sharp" else which      # a temperature leaves the best choice

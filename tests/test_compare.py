@@ -71,3 +71,11 @@ def test_gains_stand_over_what_their_tenth_is_like(drawn, tmp_path, call):
 def test_a_mistake_is_one_line(call):
     status, _, stderr = call(compare, "--kind=pie")
     assert status == 2 and "--kind=pie" in stderr and stderr.count("\n") == 1
+
+
+def test_a_figure_of_no_control_is_refused(tmp_path, call):
+    (tmp_path / "0-other.json").write_text("{}")
+    status, _, stderr = call(compare, "--kind=controls", f"--input={tmp_path}/0-other.json",
+                             f"--out={tmp_path}/empty.png")
+    assert status == 2 and "no control among other" in stderr and stderr.count("\n") == 1
+    assert not (tmp_path / "empty.png").exists()
