@@ -17,8 +17,8 @@ ROWS = 1024                           # whose logits exist at a time: 131 MB at 
 
 
 def rows_at_a_time(head_VD) -> int:
-    """ROWS on a GPU, which wants large products; on a CPU no more than have 4 M logits, 17 MB."""
-    return ROWS if head_VD.is_cuda else max(1, min(ROWS, (1 << 22) // len(head_VD)))
+    """ROWS on a GPU, which wants large products; on a CPU no more than have 2 M logits, 8 MB."""
+    return ROWS if head_VD.is_cuda else max(1, min(ROWS, (1 << 21) // len(head_VD)))
 
 
 class WeightedNLL(torch.autograd.Function):
