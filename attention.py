@@ -1,7 +1,7 @@
 """Who may attend to whom when thoughts hang off every position of a text, and how to compute it.
 
 One predicate, `may_attend`, is the rule: of the code, the README's figure, the tests' dense mask.
-`PackedContext` applies it to everything at once, `SamplingContext` a token at a time with caches.
+`PackedContext` applies it to everything at once, `GrowingContext` a pass at a time.
 A hanging token sees two small groups of keys, the text up to its position and its own thought; so
 there never is a [text + thoughts]^2 mask, but one softmax in two parts:
 
@@ -79,13 +79,18 @@ def causal_flash_backward(d_out, q, k, v, out, lse, rest):
 
 
 class FoldedAttention(torch.autograd.Function):
-    """`thought_attention` where the positions are 0 .. P-1 and no window binds."""
+    """`thought_attention` where the positions, and the text's, are 0 .. P-1 and no window binds.
+
+    `own`: keys and values, [B, N, P, new, K, E], of each pass of the thoughts so far, in turn. Kept
+    apart, T passes remember T tokens for their backward, not T^2 / 2.
+    """
     @staticmethod
-    def forward(ctx, q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE):
+    def forward(ctx, q_BNPmHE, k_text_BPKE, v_text_BPKE, *own):
+        k_BNPMKE, v_BNPMKE = join(own)
         m, M, K = q_BNPmHE.shape[3], *k_BNPMKE.shape[3:5]
         q_BNPmKGE = q_BNPmHE.unflatten(4, (K, -1))
         text_BhPE, text_lse, rest = causal_flash(
-            fold(q_BNPmKGE), *early(q_BNPmKGE, k_text_BLKE, v_text_BLKE))
+            fold(q_BNPmKGE), k_text_BPKE.transpose(1, 2), v_text_BPKE.transpose(1, 2))
         text_lse_BNPmKG1 = unfold(text_lse[..., None], q_BNPmKGE.shape)
         score = torch.einsum("bnpmkge,bnpjke->bnpmkgj", q_BNPmKGE, k_BNPMKE)
         later_mM = torch.ones(m, M, dtype=torch.bool, device=score.device).triu(M - m + 1)
@@ -96,27 +101,32 @@ class FoldedAttention(torch.autograd.Function):
         share_BNPmKG1 = (text_lse_BNPmKG1 - lse_BNPmKG1).exp_().to(q_BNPmHE.dtype)
         out_BNPmKGE = (unfold(text_BhPE, q_BNPmKGE.shape) * share_BNPmKG1
                        + torch.einsum("bnpmkgj,bnpjke->bnpmkge", own_BNPmKGM, v_BNPMKE))
-        ctx.save_for_backward(q_BNPmKGE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, out_BNPmKGE,
-                              lse_BNPmKG1, own_BNPmKGM)
+        ctx.save_for_backward(q_BNPmKGE, k_text_BPKE, v_text_BPKE, out_BNPmKGE, lse_BNPmKG1,
+                              own_BNPmKGM, *own)
         ctx.rest = rest
         return out_BNPmKGE.flatten(4, 5)
 
     @staticmethod
     def backward(ctx, d_out_BNPmHE):
-        q, k, v, k_text_BLKE, v_text_BLKE, out, lse, own = ctx.saved_tensors
+        q, k_text_BPKE, v_text_BPKE, out, lse, weight, *own = ctx.saved_tensors
+        k, v = join(own)
         d_out = d_out_BNPmHE.unflatten(4, q.shape[4:6])
         d_q_BhPE, d_k_text, d_v_text = causal_flash_backward(
-            fold(d_out), fold(q), *early(q, k_text_BLKE, v_text_BLKE), fold(out),
-            fold(lse).squeeze(-1), ctx.rest)
-        d_own = torch.einsum("bnpmkge,bnpjke->bnpmkgj", d_out, v)
-        d_score = own * (d_own - (d_out * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
+            fold(d_out), fold(q), k_text_BPKE.transpose(1, 2), v_text_BPKE.transpose(1, 2),
+            fold(out), fold(lse).squeeze(-1), ctx.rest)
+        d_weight = torch.einsum("bnpmkge,bnpjke->bnpmkgj", d_out, v)
+        d_score = weight * (d_weight - (d_out * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
         d_q = unfold(d_q_BhPE, q.shape) + torch.einsum("bnpmkgj,bnpjke->bnpmkge", d_score, k)
         d_k, d_v = (torch.einsum("bnpmkgj,bnpmkge->bnpjke", *pair)
-                    for pair in ((d_score, q), (own, d_out)))
-        beyond = k_text_BLKE.shape[1] - q.shape[2]
-        d_k_text, d_v_text = (torch.nn.functional.pad(t.transpose(1, 2), (0, 0, 0, 0, 0, beyond))
-                              for t in (d_k_text, d_v_text))
-        return d_q.flatten(4, 5), d_k, d_v, d_k_text, d_v_text
+                    for pair in ((d_score, q), (weight, d_out)))
+        new = [k.shape[3] for k in own[::2]]
+        d_own = sum(zip(d_k.split(new, dim=3), d_v.split(new, dim=3)), ())
+        return d_q.flatten(4, 5), d_k_text.transpose(1, 2), d_v_text.transpose(1, 2), *d_own
+
+
+def join(own):
+    """All keys and all values, [B, N, P, M, K, E], of the passes' own."""
+    return torch.cat(own[::2], dim=3), torch.cat(own[1::2], dim=3)
 
 
 def fold(x_BNPmKGE):
@@ -130,19 +140,15 @@ def unfold(x_BhPE, shape):
     return x_BhPE.reshape(B, K, G, N, m, P, -1).permute(0, 3, 5, 4, 1, 2, 6)
 
 
-def early(q_BNPmKGE, *text_BLKE):
-    """The text's keys and values at positions 0 .. P-1, heads first; no query sees the others."""
-    return [t[:, :q_BNPmKGE.shape[2]].transpose(1, 2) for t in text_BLKE]
-
-
-def attend_hanging(q, k, v, k_text, v_text, position_BP, window, every: bool):
+def attend_hanging(q, own, k_text, v_text, position_BP, window, every: bool):
     """Folds where it can: `every` says that the positions are 0 .. P-1, and no window may bind."""
-    binds = window is not None and window < k_text.shape[1] + k.shape[3]
+    binds = window is not None and window < k_text.shape[1] + sum(k.shape[3] for k in own[::2])
     if not every or binds or (q.is_cuda and q.dtype == torch.float32):        # no such kernel there
-        return thought_attention(q, k, v, k_text, v_text, position_BP, window)
+        return thought_attention(q, *join(own), k_text, v_text, position_BP, window)
     exact = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
-    tensors = (t.to(exact) for t in (q, k, v, k_text, v_text))    # in bf16 the CPU's backward is 8
-    return FoldedAttention.apply(*tensors).to(q.dtype)            # times slower, and less accurate
+    seen = (t[:, :q.shape[2]] for t in (k_text, v_text))          # in bf16 the CPU's backward is 8
+    tensors = (t.to(exact) for t in (q, *seen, *own))             # times slower, and less accurate
+    return FoldedAttention.apply(*tensors).to(q.dtype)
 
 
 class PackedContext:
@@ -158,43 +164,37 @@ class PackedContext:
 
     def attend(self, q_BSHE, k_BSKE, v_BSKE, layer: int, window: int | None):
         text = [t[:, :self.text_len] for t in (q_BSHE, k_BSKE, v_BSKE)]
-        hanging = [t[:, self.text_len:].unflatten(1, self.shape) for t in (q_BSHE, k_BSKE, v_BSKE)]
+        q, *own = (t[:, self.text_len:].unflatten(1, self.shape) for t in (q_BSHE, k_BSKE, v_BSKE))
         text_BLHE = self.text.attend(*text, layer, window)
-        out_BNPMHE = attend_hanging(*hanging, *text[1:], self.think_position_BP, window, self.every)
+        out_BNPMHE = attend_hanging(q, own, *text[1:], self.think_position_BP, window, self.every)
         return torch.cat((text_BLHE, out_BNPMHE.flatten(1, 3)), dim=1)
 
 
-class SamplingContext:
-    """The same rule a step at a time: what has been said stays in caches, only the new is computed.
+class GrowingContext:
+    """The same rule a pass at a time: what was said before is kept, only the new is computed.
 
-    Step 0 is the text; then the thoughts grow together, `advance(m)` announcing m new tokens each.
+    The first pass is the text; then the thoughts grow together, `advance(m)` announcing m new
+    tokens of each. While they are all alike, one per position stands for all N.
     """
-    def __init__(self, text_len: int, position_BP, n_thoughts: int, n_hanging: int, every: bool):
+    def __init__(self, text_len: int, position_BP, every: bool):
         self.think_position_BP, self.every = position_BP, every
-        self.N, self.M = n_thoughts, n_hanging
         text_L = torch.arange(text_len, device=position_BP.device)
         self.position_BS = text_L.expand(len(position_BP), -1)
-        self.seen, self.new, self.text, self.own = 0, 0, {}, {}
+        self.until, self.shape, self.text, self.own = 0, None, {}, {}
 
-    def advance(self, new: int):
-        self.seen, self.new = self.seen + self.new, new
+    def advance(self, new: int, n_thoughts: int):
         position_BP = self.think_position_BP
-        step_m = torch.arange(self.seen + 1, self.seen + new + 1, device=position_BP.device)
-        self.position_BS = (position_BP[..., None] + step_m).flatten(1).repeat(1, self.N)
+        step_m = torch.arange(self.until + 1, self.until + new + 1, device=position_BP.device)
+        self.position_BS = (position_BP[..., None] + step_m).flatten(1).repeat(1, n_thoughts)
+        self.until, self.shape = self.until + new, (n_thoughts, position_BP.shape[1], new)
         return self
 
     def attend(self, q_BSHE, k_BSKE, v_BSKE, layer: int, window: int | None):
-        if not self.new:
+        if not self.until:
             self.text[layer] = k_BSKE, v_BSKE
             return CausalContext(self.position_BS).attend(q_BSHE, k_BSKE, v_BSKE, layer, window)
-        shape = (self.N, self.think_position_BP.shape[1], self.new)
-        q, k, v = (t.unflatten(1, shape) for t in (q_BSHE, k_BSKE, v_BSKE))
-        if layer not in self.own:
-            full = (*k.shape[:3], self.M, *k.shape[4:])
-            self.own[layer] = k.new_empty(full), v.new_empty(full)
-        until = self.seen + self.new
-        for store, fresh in zip(self.own[layer], (k, v)):
-            store[:, :, :, self.seen:until] = fresh
-        k, v = (store[:, :, :, :until] for store in self.own[layer])
-        return attend_hanging(q, k, v, *self.text[layer], self.think_position_BP, window,
+        q, *fresh = (t.unflatten(1, self.shape) for t in (q_BSHE, k_BSKE, v_BSKE))
+        self.own[layer] = self.own.get(layer, []) + fresh
+        own = [t.expand(-1, self.shape[0], -1, -1, -1, -1) for t in self.own[layer]]
+        return attend_hanging(q, own, *self.text[layer], self.think_position_BP, window,
                               self.every).flatten(1, 3)

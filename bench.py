@@ -63,9 +63,10 @@ def forward_flops(m: ModelConfig, tokens: float, pairs: float, predictions: floa
     return 2.0 * (m.n_layers * layer + m.dim * m.vocab_size * predictions)
 
 
-def step_flops(m: ModelConfig, c: ThoughtConfig, B: int, L: int) -> dict[str, float]:
-    """A training step's by phase; `plain` training's on as many tokens. Masked pairs do not count,
-    nor recomputation; half of the thoughts have an advantage, and only they see the head."""
+def step_flops(m: ModelConfig, c: ThoughtConfig, B: int, L: int, two_phase: bool = False):
+    """A training step's, its sampling's, and `plain` training's on as many tokens. Masked pairs do
+    not count, nor recomputation; half of the thoughts have an advantage, and only they see the
+    head. `once`: each token forward and backward once, start markers for each thought."""
     P, T, M, hanging = L - 1, c.thought_len, c.thought_len + c.n_true + 1, B * c.n_thoughts
     causal, texts = L * (L + 1) / 2, B + hanging * M
 
@@ -75,9 +76,12 @@ def step_flops(m: ModelConfig, c: ThoughtConfig, B: int, L: int) -> dict[str, fl
     policy = hanging * max(0, P - c.n_true) * T * (0.5 if c.n_thoughts > 1 else 0)
     mixing = 2.0 * m.dim * (3 * m.dim + 1) * hanging * P * c.n_true
     forward = forward_flops(m, B * L + hanging * P * M, pairs(M), scored + policy) + mixing
-    return {"sampling": forward_flops(m, B * L + hanging * P * T, pairs(T), hanging * P * T),
-            "forward": forward, "backward": 2 * forward,
-            "once": 3 * forward + forward_flops(m, 0, 0, hanging * P * T),       # each token once
+    once = 3 * forward + 2.0 * m.dim * m.vocab_size * hanging * P * T
+    alike = (hanging - B) * P * (T > 0)                # start markers that another stands for
+    saved = forward_flops(m, alike, alike * ((P + 1) / 2 + 1), 0)
+    sampling = forward_flops(m, B * L + hanging * P * T, pairs(T), hanging * P * T) - saved
+    return {"sampling": sampling, "once": once, "naive": once,
+            "quiet": sampling + 3 * forward if two_phase else once - 3 * saved,
             "plain": 3 * forward_flops(m, texts * L, texts * causal, texts * P)}
 
 
@@ -143,8 +147,7 @@ def measure(cfg: BenchConfig, m: ModelConfig, c: ThoughtConfig, device: str) -> 
     before, quiet = peak(device), build(cfg, m, c, device)
     found = dict(seconds=shortest(runner(cfg, quiet, device), 3), peak=peak(device),
                  weights=sum(p.numel() * p.element_size() for p in quiet.parameters()))
-    flops = step_flops(m, c, cfg.batch, cfg.length)
-    flops["quiet"] = flops["naive"] = flops["sampling"] + flops["forward"] + flops["backward"]
+    flops = step_flops(m, c, cfg.batch, cfg.length, two_phase=cfg.recompute > 0)
     n, size = (8192, 2 ** 32) if device == "cuda" else (2048, 2 ** 27)
     a_nn = torch.randn(n, n, device=device).to(quiet.end_thought.dtype)
     block, copy = torch.empty(2, size, dtype=torch.uint8, device=device)

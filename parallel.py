@@ -118,6 +118,7 @@ def _shard(objective, place: Place, dtype: torch.dtype):
         # Else a block that ran many passes is gathered once more when it is done:
         block.attention.set_modules_to_backward_prefetch([block.attention])
     fully_shard(objective, **kept, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    objective.two_phase = True        # else gradients are exchanged after each pass of a thought
     objective.gathered_call = lambda run: run()
     register_fsdp_forward_method(objective, "gathered_call")
     return objective

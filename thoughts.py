@@ -5,7 +5,7 @@ From arXiv 2403.09629.
 Three verbs are the algorithm, and `QuietSTaR.forward` says them in this order:
 
   think   sample a short hidden thought off every position of the text, all positions in parallel
-  grade   one pass with gradients over text, thoughts and the true tokens that follow, packed
+  grade   read on, from the end of each thought, the true tokens that follow in the text
   learn   mix the prediction after the thought with the one without; thoughts that raised the
           likelihood of the true future text more than their siblings did are made more likely
 
@@ -20,9 +20,10 @@ The glossary, once for all files (the paper's word, the released code's):
   reward           nats by which the thought raised the true tokens' log-likelihood       (r, -)
   advantage        reward minus its mean over the N thoughts, never below 0
 
-What differs from the released code, none of it in the result (tests/test_golden.py): thoughts are
-sampled first, without gradients; N thoughts share one pass over the text; attention is computed in
-two small parts instead of under one large mask; logits are never kept.
+What differs from the released code, none of it in the result (tests/test_golden.py): N thoughts
+share one pass over the text; attention is computed in two small parts instead of under one large
+mask; logits are never kept; and where gradients over many small passes would cost more than they
+save, thoughts are sampled first without, then graded in one pass (`two_phase`).
 
 Shapes: those of model.py, and
   N thoughts per position   P positions that think   T thought tokens   A true tokens   G = H / K
@@ -36,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from attention import PackedContext, SamplingContext
+from attention import GrowingContext, PackedContext
 from head import choose_tokens, weighted_nll
 from model import Mistral
 
@@ -128,6 +129,7 @@ class QuietSTaR(nn.Module):
     def __init__(self, model: Mistral, config: ThoughtConfig):
         super().__init__()
         self.model, self.config, dim = model, config, model.config.dim
+        self.two_phase = False        # sample without gradients, then grade all in one pass
         self.start_thought, self.end_thought = (nn.Parameter(torch.empty(dim)) for _ in range(2))
         self.mixing_head = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim),
                                          nn.ReLU(), nn.Linear(dim, 1, bias=False))
@@ -156,9 +158,13 @@ class QuietSTaR(nn.Module):
         c, surprise_BNP, every = self.config, torch.zeros(()), position_BP is None
         position_BP = every_position(ids_BL) if every else position_BP
         terms = count_terms(valid_BL, c, position_BP.shape[1]) if terms is None else terms
-        if thought_BNPT is None:
+        if thought_BNPT is None and (self.two_phase or self.model.recompute):
             thought_BNPT, surprise_BNP = self.think(ids_BL, position_BP, uniform_BNPT, every)
-        base_BLD, hanging_BNPMD = self.grade(ids_BL, position_BP, thought_BNPT, every)
+        if thought_BNPT is None:
+            base_BLD, hanging_BNPMD, thought_BNPT, surprise_BNP = self.think_and_grade(
+                ids_BL, position_BP, uniform_BNPT, every)
+        else:
+            base_BLD, hanging_BNPMD = self.grade(ids_BL, position_BP, thought_BNPT, every)
         after_BNPAD = hanging_BNPMD[..., c.thought_len + 1:, :]             # from the end marker on
         mixed_BNPAD, weight_BNPA = self.mixed(base_BLD, after_BNPAD, position_BP)
 
@@ -180,27 +186,35 @@ class QuietSTaR(nn.Module):
 
     @torch.no_grad()
     def think(self, ids_BL, position_BP, uniform_BNPT, every: bool):
-        """Sample all thoughts in parallel, T single-token passes: thought_BNPT, surprise_BNP."""
-        context = SamplingContext(ids_BL.shape[1], position_BP, self.config.n_thoughts,
-                                  self.config.thought_len, every)
+        """The first of two phases: all thoughts, in T single-token passes, and their surprise."""
+        context = GrowingContext(ids_BL.shape[1], position_BP, every)
         self.model(ids_BL, context)
-        return self._grow(context, position_BP, uniform_BNPT)
+        return self._grow(context, uniform_BNPT, self.config.n_thoughts)
 
-    def _grow(self, context, position_BP, uniform_BNPT):
-        """From the start marker on, one token a pass; the last one is chosen but not yet read."""
-        B, P, N, T = *position_BP.shape, context.N, self.config.thought_len
-        thought_BNPT = torch.zeros(B, N, P, T, dtype=torch.long, device=position_BP.device)
-        surprise_BNP = torch.zeros(B, N, P, device=position_BP.device)
-        x_BSD = self.start_thought.expand(B, N * P, -1)
+    def _grow(self, context, uniform_BNPT, n_thoughts: int, states: list | None = None):
+        """From the start marker on, one token a pass; the last one is chosen but not yet read.
+        The states before each token, [B, N, P, 1, D], are added to `states`."""
+        (B, P), N, T = context.think_position_BP.shape, n_thoughts, self.config.thought_len
+        thought_BNPT = torch.zeros(B, N, P, T, dtype=torch.long, device=self.start_thought.device)
+        surprise_BNP = torch.zeros(B, N, P, device=self.start_thought.device)
+        x_BNP1D = self.start_thought.expand(B, 1, P, 1, -1)              # one for all N thoughts
         for t in range(T if not self.config.filler else 0):
-            hidden_BSD = self.model.transform(x_BSD, context.advance(1))
+            hidden_BNP1D = self._read(context, x_BNP1D).expand(-1, N, -1, -1, -1)
             uniform_R = None if uniform_BNPT is None else uniform_BNPT[..., t].flatten()
-            token_R, surprise_R = choose_tokens(hidden_BSD.flatten(0, 1), self.model.head.weight,
+            token_R, surprise_R = choose_tokens(hidden_BNP1D.flatten(0, 3), self.model.head.weight,
                                                 uniform_R, self.config.marker_ids)
             thought_BNPT[..., t] = token_R.view(B, N, P)
             surprise_BNP += surprise_R.view(B, N, P) / T
-            x_BSD = self.model.embed(thought_BNPT[..., t].flatten(1))
+            if states is not None:
+                states.append(hidden_BNP1D)
+            x_BNP1D = self.model.embed(token_R.view(B, N, P, 1))
         return thought_BNPT, surprise_BNP
+
+    def _read(self, context, x_BNPmD):
+        """States of the next m tokens of each thought, of one for all N while they are alike."""
+        _, n_thoughts, _, new, _ = x_BNPmD.shape
+        hidden_BSD = self.model.transform(x_BNPmD.flatten(1, 3), context.advance(new, n_thoughts))
+        return hidden_BSD.view(x_BNPmD.shape)
 
     # -------------------------------------------------------------------------------- grade
 
@@ -215,7 +229,8 @@ class QuietSTaR(nn.Module):
         return torch.cat((start, inner, end, *ahead), dim=3)
 
     def grade(self, ids_BL, position_BP, thought_BNPT, every: bool):
-        """One pass over everything: hidden states of the text, and of all that hangs off it."""
+        """The second of two phases: one pass over everything. States of the text, and of what
+        hangs off it."""
         ahead_BPa, _ = true_tokens(ids_BL, ids_BL >= 0, position_BP, self.config.n_true - 1)
         hanging_BNPMD = self.embed_hanging(thought_BNPT, ahead_BPa)
         L, shape = ids_BL.shape[1], hanging_BNPMD.shape[1:4]
@@ -223,6 +238,20 @@ class QuietSTaR(nn.Module):
         hidden_BSD = self.model.transform(x_BSD, PackedContext(L, position_BP, shape[0], shape[2],
                                                                every))
         return hidden_BSD[:, :L], hidden_BSD[:, L:].unflatten(1, shape)
+
+    def think_and_grade(self, ids_BL, position_BP, uniform_BNPT, every: bool):
+        """Both in one phase: each token is read once, with gradients, a fifth less arithmetic.
+
+        But each block runs T + 2 times before its backward, and its context remembers: no way for
+        activation checkpointing, and fsdp would exchange gradients after each of those passes.
+        """
+        c, context = self.config, GrowingContext(ids_BL.shape[1], position_BP, every)
+        base_BLD, states = self.model(ids_BL, context), []
+        thought_BNPT, surprise_BNP = self._grow(context, uniform_BNPT, c.n_thoughts, states)
+        ahead_BPa, _ = true_tokens(ids_BL, ids_BL >= 0, position_BP, c.n_true - 1)
+        unread_BNPmD = self.embed_hanging(thought_BNPT, ahead_BPa)[:, :, :, context.until:]
+        states.append(self._read(context, unread_BNPmD))
+        return base_BLD, torch.cat(states, dim=3), thought_BNPT, surprise_BNP
 
     # -------------------------------------------------------------------------------- learn
 
@@ -276,14 +305,12 @@ class QuietSTaR(nn.Module):
         n_thoughts = 1 if decided is None else decided.shape[1]
         every = position_BP is None
         position_BP = every_position(ids_BL, last=True) if every else position_BP
-        context = SamplingContext(ids_BL.shape[1], position_BP, n_thoughts,
-                                  self.config.thought_len + 2, every)
+        context = GrowingContext(ids_BL.shape[1], position_BP, every)
         base_BLD = self.model(ids_BL, context)
         if thought_BNPT is None:
-            thought_BNPT, _ = self._grow(context, position_BP, uniform_BNPT)
-        x_BNPmD = self.embed_hanging(thought_BNPT)[:, :, :, context.seen + context.new:]
-        hidden_BSD = self.model.transform(x_BNPmD.flatten(1, 3), context.advance(x_BNPmD.shape[3]))
-        after_BNPAD = hidden_BSD.unflatten(1, x_BNPmD.shape[1:4])[..., -1:, :]
+            thought_BNPT, _ = self._grow(context, uniform_BNPT, n_thoughts)
+        unread_BNPmD = self.embed_hanging(thought_BNPT)[:, :, :, context.until:]
+        after_BNPAD = self._read(context, unread_BNPmD)[..., -1:, :]
         mixed_BNPAD, weight_BNPA = self.mixed(base_BLD, after_BNPAD, position_BP)
         base_BPD = base_at(base_BLD, position_BP, 1)[:, :, 0]
         return base_BPD, mixed_BNPAD[..., 0, :], weight_BNPA[..., 0], thought_BNPT

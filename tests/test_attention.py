@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from attention import FoldedAttention, SamplingContext, may_attend, thought_attention
+from attention import FoldedAttention, GrowingContext, may_attend, thought_attention
 from thoughts import every_position
-from toys import dense_grade, texts, tiny_quiet
+from toys import dense_grade, texts, tiny_quiet, uniforms
 
 
 def gradients(quiet, hidden):
@@ -77,18 +77,19 @@ def test_rows_of_folded_attention_equal_the_reference_when_only_the_last_tokens_
     position_BP = torch.arange(P).expand(B, P)
     for m in (1, 2, M):
         q = torch.randn(B, N, P, m, H, E, generator=generator)
-        torch.testing.assert_close(FoldedAttention.apply(q, k, v, text_k, text_v),
+        torch.testing.assert_close(FoldedAttention.apply(q, text_k[:, :P], text_v[:, :P], k, v),
                                    thought_attention(q, k, v, text_k, text_v, position_BP, None))
 
 
 def test_gradients_of_folded_attention_equal_finite_differences():
     generator = torch.Generator().manual_seed(0)
-    B, N, P, M, H, K, E, L = 1, 2, 3, 2, 2, 1, 2, 4
-    shapes = [(B, N, P, M, H, E), (B, N, P, M, K, E), (B, N, P, M, K, E),
-              (B, L, K, E), (B, L, K, E)]
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-              for shape in shapes]
-    assert torch.autograd.gradcheck(FoldedAttention.apply, inputs)
+    B, N, P, M, H, K, E = 1, 2, 3, 2, 2, 1, 2
+    for passes in ([M], [1, 1], [2, 1, 2]):
+        own = [(B, N, P, new, K, E) for new in passes for _ in "kv"]
+        shapes = [(B, N, P, min(M, sum(passes)), H, E), (B, P, K, E), (B, P, K, E), *own]
+        inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+                  for shape in shapes]
+        assert torch.autograd.gradcheck(FoldedAttention.apply, inputs)
 
 
 def test_the_rule_by_its_words():
@@ -134,15 +135,18 @@ def test_a_step_of_sampling_computes_only_what_is_new():
     rows = []
     quiet.model.layers[0].register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
     quiet.think(ids_BL, every_position(ids_BL), None, True)
-    assert rows == [9] + [2 * 8] * 3                   # the text once, then N * P tokens T times
+    assert rows == [9, 8] + [2 * 8] * 2      # the text, P start markers, N * P tokens T - 1 times
+    rows.clear()
+    quiet(ids_BL, ids_BL >= 0, uniform_BNPT=uniforms(2, 2, 8, 3))
+    assert rows == [9, 8] + [2 * 8] * 2 + [2 * 8 * 3]             # with gradients: each token once
 
 
 def test_positions_of_sampling_are_those_of_the_packed_pass():
     ids_BL = texts(2, 5)
-    context = SamplingContext(5, every_position(ids_BL), 1, 4, True)
+    context = GrowingContext(5, every_position(ids_BL), True)
     seen = [context.position_BS]
     for new in (1, 2, 1):
-        seen.append(context.advance(new).position_BS)
+        seen.append(context.advance(new, 1).position_BS)
     assert seen[0][0].tolist() == [0, 1, 2, 3, 4]
     assert seen[1][0].tolist() == [1, 2, 3, 4]                     # start: one past each position
     assert seen[2][0].tolist() == [2, 3, 3, 4, 4, 5, 5, 6]

@@ -56,8 +56,9 @@ def test_rethinking_everything_generates_our_text_token_for_token():
 
 # ----------------------------------------------------------------------- counts that do not vary
 
+@pytest.mark.parametrize("two_phase", [False, True])
 @pytest.mark.parametrize("n_thoughts", [1, 2, 4])
-def test_counted_flops_are_those_of_the_formula(n_thoughts):
+def test_counted_flops_are_those_of_the_formula(n_thoughts, two_phase):
     """The framework counts products of weights, and thoughts' own attention as a full square; it
     does not see into the fused kernel on a CPU. So the formula is compared without attention, and
     the own part by its square."""
@@ -65,19 +66,24 @@ def test_counted_flops_are_those_of_the_formula(n_thoughts):
     c, L = ThoughtConfig(thought_len=5, n_thoughts=n_thoughts, n_true=3), 48
     quiet = bench.build(bench.BenchConfig(), m, c, "cpu")
     quiet.start_thought.requires_grad_(False)          # no product; the counter's hooks refuse it
+    quiet.two_phase = two_phase
     ids_BL, T, M, thinkers = texts(2, L, 600), 5, 9, 2 * n_thoughts * (L - 1)
     with FlopCounterMode(display=False) as counter:
         quiet(ids_BL, ids_BL >= 0, uniform_BNPT=uniforms(2, n_thoughts, L - 1, T)).loss.backward()
     counts = counter.get_flop_counts()["Global"].items()
     counted = Counter({str(op).split(".")[-1]: n for op, n in counts})
-    formula = bench.step_flops(m, c, 2, L)
+    formula = bench.step_flops(m, c, 2, L, two_phase)["quiet"]
     in_kernel = 4 * 2 * 64                             # FLOPs of a query and a key, all layers
     pairs = {n: 2 * L * (L + 1) / 2 + thinkers * (n * L / 2 + n * (n + 1) / 2) for n in (T, M)}
-    expected = sum(formula[phase] for phase in ("sampling", "forward", "backward"))
-    expected -= in_kernel * (pairs[T] + 3 * pairs[M])
+    alike = thinkers * (1 - 1 / n_thoughts)            # start markers that another stands for
+    if two_phase:
+        expected = formula - in_kernel * (pairs[T] - alike * (L / 2 + 1) + 3 * pairs[M])
+        own = thinkers * (T * (T + 1) / 2 + 3 * M ** 2) - alike
+    else:
+        expected = formula - in_kernel * 3 * (pairs[M] - alike * (L / 2 + 1))
+        own = 3 * (thinkers * (T * (T + 1) / 2 + (M - T) * M) - alike)
     assert counted["mm"] + counted["addmm"] == pytest.approx(expected, rel=0.02)
-    own = in_kernel * thinkers * (T * (T + 1) / 2 + 3 * M ** 2)
-    assert counted["bmm"] == pytest.approx(own, rel=0.02)
+    assert counted["bmm"] == pytest.approx(in_kernel * own, rel=0.02)
 
 
 def test_at_7b_the_formula_gives_the_papers_necessary_arithmetic():
@@ -86,7 +92,7 @@ def test_at_7b_the_formula_gives_the_papers_necessary_arithmetic():
     assert flops["once"] == pytest.approx(384e12, rel=0.01)
 
 
-def saved_mib(quiet, ids_BL, thought_BNPT) -> float:
+def saved_mib(quiet, ids_BL, **draws) -> float:
     """Distinct storages that one forward keeps for its backward, parameters excluded."""
     parameters = {p.untyped_storage().data_ptr() for p in quiet.parameters()}
     sizes = {}
@@ -98,7 +104,7 @@ def saved_mib(quiet, ids_BL, thought_BNPT) -> float:
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         valid_BL = torch.ones_like(ids_BL, dtype=torch.bool)
-        outcome = quiet(ids_BL, valid_BL, thought_BNPT=thought_BNPT)
+        outcome = quiet(ids_BL, valid_BL, **draws)
     assert outcome.loss.requires_grad
     return sum(sizes.values()) / 2 ** 20
 
@@ -113,10 +119,12 @@ def test_a_step_saves_little_for_backward(length, vocab_size, plain, recomputed)
     quiet.init_thoughts(torch.zeros(128), generator)
     torch.nn.init.normal_(quiet.mixing_head[4].weight, generator=generator)   # so half the thoughts
     ids_BL = texts(1, length, vocab_size)                                       # have an advantage
+    uniform_BNPT = uniforms(1, 2, length - 1, 12)
     thought_BNPT = texts(2 * (length - 1), 12, vocab_size).view(1, 2, -1, 12)
-    assert saved_mib(quiet, ids_BL, thought_BNPT) <= plain
+    for draws in dict(uniform_BNPT=uniform_BNPT), dict(thought_BNPT=thought_BNPT):
+        assert saved_mib(quiet, ids_BL, **draws) <= plain
     model.recompute = 1
-    assert saved_mib(quiet, ids_BL, thought_BNPT) <= recomputed
+    assert saved_mib(quiet, ids_BL, uniform_BNPT=uniform_BNPT) <= recomputed
 
 
 # ------------------------------------------------------------------------------------ the script

@@ -13,18 +13,18 @@ from toys import texts, tiny_quiet, uniforms
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
 
-@pytest.mark.parametrize("B, N, P, M, H, K, E, L", [(1, 2, 255, 17, 32, 8, 128, 256),
-                                                    (2, 3, 40, 9, 8, 8, 64, 48)])
-def test_folded_attention_loses_no_more_in_bfloat16_than_the_reference(B, N, P, M, H, K, E, L):
+@pytest.mark.parametrize("B, N, P, M, H, K, E", [(1, 2, 255, 17, 32, 8, 128),
+                                                 (2, 3, 40, 9, 8, 8, 64)])
+def test_folded_attention_loses_no_more_in_bfloat16_than_the_reference(B, N, P, M, H, K, E):
     """1,088 query heads for 8 key heads in the first case."""
     generator = torch.Generator("cuda").manual_seed(0)
-    shapes = (B, N, P, M, H, E), *[(B, N, P, M, K, E)] * 2, *[(B, L, K, E)] * 2
+    shapes = (B, N, P, M, H, E), *[(B, P, K, E)] * 2, *[(B, N, P, M, K, E)] * 2
     inputs = [torch.randn(shape, device="cuda", generator=generator) for shape in shapes]
     d_out = torch.randn(shapes[0], device="cuda", generator=generator)
     position_BP = torch.arange(P, device="cuda").expand(B, P)
 
-    def reference(*tensors):
-        return thought_attention(*tensors, position_BP, None)
+    def reference(q, k_text, v_text, k, v):
+        return thought_attention(q, k, v, k_text, v_text, position_BP, None)
     found = []
     for attend, dtype in ((reference, torch.float32), (FoldedAttention.apply, torch.bfloat16),
                           (reference, torch.bfloat16)):
@@ -32,7 +32,7 @@ def test_folded_attention_loses_no_more_in_bfloat16_than_the_reference(B, N, P, 
         out = attend(*leaves)
         out.backward(d_out.to(dtype))
         found.append([out.detach()] + [t.grad for t in leaves])
-    for name, exact, folded, plain in zip(("out", "q", "k", "v", "k_text", "v_text"), *found):
+    for name, exact, folded, plain in zip(("out", "q", "k_text", "v_text", "k", "v"), *found):
         ours, theirs = ((t - exact).norm() / exact.norm() for t in (folded, plain))
         assert ours <= 1.25 * theirs + 1e-3, f"{name}: {ours:.2e} against {theirs:.2e}"
 

@@ -51,6 +51,47 @@ def test_parallel_thoughts_equal_serial_thoughts(greedy, window):
 
 
 @pytest.mark.parametrize("every", [True, False])
+@pytest.mark.parametrize("thought", [dict(n_thoughts=1), dict(n_thoughts=3), dict(thought_len=0),
+                                     dict(thought_len=1, n_true=1), dict(filler=True)], ids=str)
+@pytest.mark.parametrize("model", [dict(), dict(windows=(5, 0)), dict(tied=True, qkv_bias=True)],
+                         ids=str)
+def test_reading_each_token_once_gives_the_loss_and_gradients_of_two_phases(model, thought, every):
+    quiet, ids_BL = tiny_quiet(model=model, **thought), texts(2, 9)
+    valid_BL = torch.arange(9) < torch.tensor([[9], [6]])
+    position_BP = None if every else torch.tensor([[0, 3, 4], [2, 5, 7]])
+    uniform_BNPT = uniforms(2, quiet.config.n_thoughts, 8 if every else 3, quiet.config.thought_len)
+    found = []
+    for quiet.two_phase in (False, True):
+        quiet.zero_grad()
+        outcome = quiet(ids_BL, valid_BL, position_BP, uniform_BNPT)
+        outcome.loss.backward()
+        found.append((outcome, [p.grad for p in quiet.parameters()]))
+    (ours, gradients), (theirs, their_gradients) = found
+    assert torch.equal(ours.thought_BNPT, theirs.thought_BNPT)
+    torch.testing.assert_close(ours.surprise_BNP, theirs.surprise_BNP, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients, their_gradients):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_in_bfloat16_reading_each_token_once_loses_no_more_than_two_phases():
+    quiet, ids_BL, found = tiny_quiet(n_thoughts=3), texts(2, 24), []
+    draws = dict(uniform_BNPT=uniforms(2, 3, 23, 3))
+    for dtype in (torch.bfloat16, torch.bfloat16, torch.float32):    # one phase, then two, and two
+        quiet.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            outcome = quiet(ids_BL, ids_BL >= 0, **draws)
+        outcome.loss.backward()
+        found.append({name: p.grad for name, p in quiet.named_parameters()})
+        draws = dict(thought_BNPT=outcome.thought_BNPT)
+    ours, theirs, exact = found
+    for name in exact:
+        error, oracle = ((g[name] - exact[name]).norm() / exact[name].norm() for g in (ours, theirs))
+        assert error <= 1.25 * oracle + 1e-3, f"{name}: {error:.2e} against {oracle:.2e}"
+
+
+@pytest.mark.parametrize("every", [True, False])
 def test_the_graded_pass_equals_a_plain_pass_over_text_thought_and_true_tokens(every):
     quiet, ids_BL = tiny_quiet(n_true=3), texts(2, 8)
     position_BP = every_position(ids_BL) if every else torch.tensor([[0, 4], [3, 6]])
