@@ -69,8 +69,11 @@ def mask(out: str, text_len: int = 5, thought_len: int = 2, n_true: int = 2):
 
 def rows(path: str, name: str):
     """Steps and values of one name in a log.jsonl."""
-    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    pairs = [(row["step"], row[name]) for row in lines if name in row]
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        pairs = [(step, row[name]) for step, row in [(r["step"], r) for r in lines] if name in row]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not the log.jsonl of a run: see its --out folder") from None
     return ([step for step, _ in pairs], [value for _, value in pairs])
 
 
@@ -112,7 +115,7 @@ def curves(logs: tuple[str, ...], out: str):
 
 def top(path: str, log: str, out: str):
     """What it does and how it came about: NLL by difficulty, reward and mixing weight by step."""
-    bins = json.loads(Path(path).read_text())["difficulty"]
+    bins = evaluated(path)["difficulty"]
     figure, (nll, reward, weight) = canvas(3, 3.9)
     for name, colour, label in (("nll_base", BASE, "without thoughts"),
                                 ("nll_mixed", MIXED, "with thoughts")):
@@ -130,11 +133,22 @@ def top(path: str, log: str, out: str):
 COLUMNS = ("right_base", "right_mixed", "nll_base", "nll_sharp", "nll_mixed", "working_is_right")
 
 
+def evaluated(path: str) -> dict:
+    """What eval.py found on texts."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except ValueError:
+        found = {}
+    if "nll_base" not in found:
+        raise ValueError(f"{path} is not what an evaluation found: eval.py --data --out writes it")
+    return found
+
+
 def runs(paths: tuple[str, ...]) -> dict[str, list[dict]]:
     """What eval.py found, by file name without the seed in front of it."""
     found = defaultdict(list)
     for path in paths:
-        found[re.sub(r"^\d+-", "", Path(path).stem)].append(json.loads(Path(path).read_text()))
+        found[re.sub(r"^\d+-", "", Path(path).stem)].append(evaluated(path))
     return found
 
 

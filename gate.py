@@ -164,7 +164,8 @@ def main():
                   f"[{p['interval'][0]:+.4f}, {p['interval'][1]:+.4f}]  {kept}")
         print()
     if cfg.out:
-        gate = dict(threshold=limit, probe=probe.probe_D.tolist(), bias=probe.bias)
+        gate = dict(threshold=limit, probe=probe.probe_D.tolist(), bias=probe.bias,
+                    end_thought=quiet.end_thought.tolist())         # whose it is
         weights.write_atomically(cfg.out, lambda path: path.write_text(json.dumps(gate)))
         print(f"wrote {cfg.out}")
     if cfg.figure:

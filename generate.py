@@ -62,20 +62,20 @@ class Gate:
         return self.score(base_RD, logits_RV) >= self.threshold
 
 
-def read_gate(said: str, dim: int) -> Gate:
-    """A threshold for the entropy in nats, or the file of a probe of states of width `dim`."""
+def read_gate(said: str, quiet: QuietSTaR) -> Gate:
+    """A threshold for the entropy in nats, or the file of a probe of this model's states."""
     try:
         return Gate(float(said))
     except ValueError:
         if not Path(said).is_file():
             raise ValueError(f"--gate={said} is neither a number of nats nor a file of "
                              "gate.py's") from None
-    found = read_json(Path(said))
-    if not isinstance(found, dict):
+    found, marker_D = read_json(Path(said)), quiet.end_thought.detach().float().cpu()
+    if not isinstance(found, dict) or not {*found} >= {"threshold", "probe", "bias", "end_thought"}:
         raise ValueError(f"{said} is not a gate that gate.py wrote")
-    if len(found.get("probe", ())) != dim:
-        raise ValueError(f"{said} probes states of width {len(found.get('probe', ()))}, the "
-                         f"model's have {dim}: fit it on this checkpoint (gate.py)")
+    theirs_D = torch.tensor(found["end_thought"])          # some checkpoints come rounded to bf16
+    if theirs_D.shape != marker_D.shape or not torch.allclose(theirs_D, marker_D, 1e-2, 1e-4):
+        raise ValueError(f"{said} is of another checkpoint: fit one on this (gate.py)")
     return Gate(found["threshold"], torch.tensor(found["probe"]), found["bias"])
 
 

@@ -142,7 +142,7 @@ def main():
     objective = weights.load_objective(cfg.checkpoint, cfg.device, tokenizer).requires_grad_(False)
     if not isinstance(objective, QuietSTaR) and (cfg.show_thoughts or cfg.html or cfg.gate):
         raise ValueError(f"{cfg.checkpoint} has no thoughts to show: train it to think (train.py)")
-    gate = read_gate(cfg.gate, objective.model.config.dim) if cfg.gate else None
+    gate = read_gate(cfg.gate, objective) if cfg.gate else None
     person = sys.stdin.isatty() and not (cfg.prompt_file or cfg.text_file
                                          or "--prompt" in config.given())
     for prompt in typed() if person else [written(cfg)]:

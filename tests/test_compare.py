@@ -30,7 +30,7 @@ def points(ax, size):
 
 
 def write(folder, name, seed, **means):
-    path = folder / f"{seed}-{name}.json"
+    path, means = folder / f"{seed}-{name}.json", {"nll_base": 1.0, **means}
     values = {key: dict(mean=value) for key, value in means.items() if isinstance(value, float)}
     path.write_text(json.dumps({**means, **values}))
     return path
@@ -74,8 +74,24 @@ def test_a_mistake_is_one_line(call):
 
 
 def test_a_figure_of_no_control_is_refused(tmp_path, call):
-    (tmp_path / "0-other.json").write_text("{}")
-    status, _, stderr = call(compare, "--kind=controls", f"--input={tmp_path}/0-other.json",
+    path = write(tmp_path, "other", 0)
+    status, _, stderr = call(compare, "--kind=controls", f"--input={path}",
                              f"--out={tmp_path}/empty.png")
     assert status == 2 and "no control among other" in stderr and stderr.count("\n") == 1
     assert not (tmp_path / "empty.png").exists()
+
+
+def test_a_file_of_another_kind_is_one_line_that_names_it(tmp_path, call):
+    found, log, text = (tmp_path / name for name in ("0-base.json", "log.jsonl", "README.md"))
+    write(tmp_path, "base", 0)
+    log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    text.write_text("words")
+    out = f"--out={tmp_path}/wrong.png"
+    for script, kind, given, wrong, of in (
+            (figures, "table", f"{log}", log, "eval.py"), (figures, "table", text, text, "eval.py"),
+            (figures, "curves", found, found, "log.jsonl"), (figures, "curves", text, text, "log"),
+            (figures, "top", f"{log},{log}", log, "eval.py"),
+            (compare, "controls", log, log, "eval.py"), (compare, "difficulty", text, text, "eval")):
+        status, _, stderr = call(script, f"--kind={kind}", f"--input={given}", out)
+        assert status == 2 and f"{wrong} is not" in stderr and of in stderr, stderr
+        assert stderr.count("\n") == 1 and not (tmp_path / "wrong.png").exists()

@@ -1,5 +1,6 @@
 """Where thinking pays: thresholds, probes and the curve, against slow and obvious versions."""
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -89,7 +90,10 @@ def test_the_written_gate_opens_at_its_share_when_text_is_read(call, checkpoint,
     assert (status, stderr) == (0, "") and text.count("gate by") == 2
     tokenizer = tokenizers.load(game)
     quiet = weights.load_objective(str(checkpoint), "cpu", tokenizer)
-    written = read_gate(str(out), quiet.model.config.dim)
+    written = read_gate(str(out), quiet)
+    read_gate(str(out), deepcopy(quiet).bfloat16())                      # as it is held on a GPU
+    with pytest.raises(ValueError, match="gate.json is of another checkpoint"):
+        read_gate(str(out), tiny_quiet(seed=1))
     read = [token for i in range(30)
             for token in given(quiet, tokenizer, held_out.document(i).tolist(), gate=written)[1:]]
     assert np.mean([token.thinks for token in read]) == pytest.approx(0.3, abs=0.01)

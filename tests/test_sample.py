@@ -337,7 +337,9 @@ def test_a_mistake_is_one_line(call, checkpoint, game, tmp_path, monkeypatch):
     given, long = f"--checkpoint={checkpoint}", " ".join([PROMPT] * 9)
     base, text = f"--checkpoint={tmp_path}/base", tmp_path / "text.txt"
     for name, content in (("text.txt", long.encode()), ("latin.txt", b"\xe9"), ("one.txt", b"ball"),
-                          ("gate.json", b'{"threshold": 1, "probe": [0.5], "bias": 0}')):
+                          ("gate.json", b'{"threshold": 1, "probe": [0.5], "bias": 0}'),
+                          ("other.json", b'{"threshold": 1, "probe": [0.5], "bias": 0, '
+                                         b'"end_thought": [0.5]}')):
         (tmp_path / name).write_bytes(content)
     for argv, words in (
             ([given], "the prompt is empty"), ([given, "--prompt="], "the prompt is empty"),
@@ -360,7 +362,9 @@ def test_a_mistake_is_one_line(call, checkpoint, game, tmp_path, monkeypatch):
             ([given, "--think=gate"], "need each other"), ([given, "--gate=1"], "need each other"),
             ([given, "--prompt=ball", "--think=gate", "--gate=x"], "neither a number of nats"),
             ([given, "--prompt=ball", "--think=gate", f"--gate={tmp_path}/gate.json"],
-             "width 1, the model's have 16"),
+             "gate.json is not a gate that gate.py wrote"),
+            ([given, "--prompt=ball", "--think=gate", f"--gate={tmp_path}/other.json"],
+             "other.json is of another checkpoint: fit one on this"),
             ([given, "--samples=2"], "all the same"), ([given, "--top_p=0"], "not above 0"),
             ([given, "--temperature=-1"], "is below 0"), ([given, "--max_new=0"], "is below 1"),
             ([f"--checkpoint={tmp_path}/none", "--prompt=ball"], "none is missing")):
