@@ -12,6 +12,7 @@ Needs matplotlib (pip install matplotlib).
 
 Read next: bench.py
 """
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,11 @@ CONTROLS = (                              # what is said, whose runs, which of t
     ("filler tokens, trained alike", "filler", "mixed"),
     ("without REINFORCE", "no-reinforce", "mixed"),
     ("Quiet-STaR, not thinking", "thinking", "base"),
-    ("Quiet-STaR, thoughts shuffled", "thinking-swapped", "mixed"),
+    ("Quiet-STaR, thoughts swapped", "thinking-swapped", "mixed"),
     ("Quiet-STaR, thinking", "thinking", "mixed"))
 
 
-def spread(ax, place, values, colour, upright: bool):
+def dots(ax, place, values, colour, upright: bool):
     """Every run, their mean, and the line from the lowest to the highest."""
     where = [place] * len(values)
     ends, middle = (min(values), max(values)), np.mean(values)
@@ -55,7 +56,7 @@ def controls(paths: tuple[str, ...], out: str):
         colour = MIXED if (name, which) == ("thinking", "mixed") else BASE
         best = "base" if which == "sharp" else which      # a temperature leaves the best choice
         for ax, key in (right, f"right_{best}"), (nll, f"nll_{which}"):
-            spread(ax, place, [r[key]["mean"] for r in found[name]], colour, upright=False)
+            dots(ax, place, [r[key]["mean"] for r in found[name]], colour, upright=False)
     for ax, title in (right, "cup right"), (nll, "NLL of the answer (nats)"):
         ax.set_yticks(range(len(shown)), [label for label, *_ in reversed(shown)], fontsize=8)
         ax.grid(axis="x", color=MUTED, linewidth=0.4)
@@ -71,7 +72,7 @@ def lengths(ax, found: dict[str, list[dict]]):
     trained = {len_of(found[name]): [r["right_mixed"]["mean"] for r in found[name]]
                for name in found if name == "thinking" or name[:10] == "thinking-T"}
     for n in sorted(trained):
-        spread(ax, n, trained[n], MIXED, upright=True)
+        dots(ax, n, trained[n], MIXED, upright=True)
     ax.plot(sorted(trained), [np.mean(trained[n]) for n in sorted(trained)], color=MIXED,
             label="trained with this length")
     swept = [r["sweep"] for r in found.get("thinking", []) if "sweep" in r]
@@ -106,7 +107,7 @@ def difficulty(paths: tuple[str, ...], out: str):
             low, high = np.array([row["interval_gain"] for row in rows]).T
             ax.errorbar([row[by] for row in rows], mean, yerr=(mean - low, high - mean), capsize=2,
                         color=MIXED, ecolor=MUTED, marker=marker, markersize=4, linewidth=1,
-                        alpha=0.8, label=Path(path).stem)
+                        alpha=0.8, label=re.sub(r"^(\d+)-(.*)", r"\2, seed \1", Path(path).stem))
         ax.axhline(0, color=BASE, linewidth=0.8)
         ax.set_xlabel(titles[by] + ", mean of each tenth")
     axes[0].set_ylabel("nats gained by thinking, 95 %")

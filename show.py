@@ -20,9 +20,10 @@ MATTERS = 0.1                             # nats of gain or loss; less is dimmed
 NOTE = "a thought is what raised the likelihood of the text, not a record of why"
 
 
-def literal(text: str) -> str:
-    """On one line, and harmless to a terminal: control characters as they are written in Python."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: repr(match[0])[1:-1], text)
+def literal(text: str, but: str = "") -> str:
+    """Harmless to a terminal: control characters, `but` some, as they are written in Python."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]",
+                  lambda match: match[0] if match[0] in but else repr(match[0])[1:-1], text)
 
 
 class View:
@@ -47,7 +48,7 @@ class View:
             self._write(self._style(NOTE, "2") + "\n")
         if n_texts > 1:
             self._write(self._style(f"--- {self.n_texts} of {n_texts}", "2") + "\n")
-        self._write(prompt)
+        self._write(self._text(prompt))
         if self.kind == "columns":
             self._write("\n       token  weight    gain  thought\n")
 
@@ -60,6 +61,10 @@ class View:
         self.out.write(text)
         self.out.flush()
 
+    def _text(self, text: str) -> str:
+        """As it is, but in a terminal, which would obey it."""
+        return literal(text, but="\n\t") if self.out.isatty() else text
+
     def _style(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colours else text
 
@@ -67,7 +72,7 @@ class View:
         return token.thinks and abs(token.gain) >= self.threshold
 
     def _plain(self, token: Token):
-        self._write(token.text)
+        self._write(self._text(token.text))
 
     def _json(self, token: Token):
         self._write(json.dumps(asdict(token)) + "\n")
@@ -83,7 +88,7 @@ class View:
             aside = f"[{literal(token.thought)} w {token.mixing_weight:.2f} {token.gain:+.2f}]"
             code = "2" if abs(token.gain) < MATTERS else "32" if token.gain > 0 else "33"
             self._write(" " + self._style(aside, code))
-        self._write(token.text)
+        self._write(self._text(token.text))
 
 
 def show(tokens: Iterable[Token], lines: list[Line], view: View) -> list[list[Token]]:

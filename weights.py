@@ -292,6 +292,7 @@ def main():
     dash_id = tokenizers.dash_id(tokenizer) if cfg.reset_markers else None
     model = load(folder, dtype=None, reset_markers=cfg.reset_markers, dash_id=dash_id)
     save(model, cfg.out, cfg.layout, dtype, tokenizer=tokenizer)
+    print(f"wrote {cfg.out}")
 
 
 if __name__ == "__main__":

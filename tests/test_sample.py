@@ -298,10 +298,14 @@ def test_in_a_terminal_the_text_flows_around_its_thoughts(monkeypatch):
         for code in ("\x1b[32m", "\x1b[33m", "\x1b[2m", "\x1b[0m"):
             assert (code in plain) == colour
             plain = plain.replace(code, "")
-        thought = r"x\n\x1b[31m w 0.25"             # a thought cannot reach the terminal's controls
-        assert plain == (f"{show.NOTE}\nb [{thought} +0.50] a [{thought} -0.50]\x1b] "
+        thought = r"x\n\x1b[31m w 0.25"      # neither thought nor text reach the terminal's controls
+        assert plain == (f"{show.NOTE}\nb [{thought} +0.50] a [{thought} -0.50]\\x1b] "
                          f"[{thought} +0.05] c\n")
         monkeypatch.setenv("NO_COLOR", "1")
+    out = Terminal()
+    out.isatty = lambda: False
+    show.show(tokens(), [Line(BYTES, [1])], show.View(out))
+    assert out.getvalue() == "b a\x1b] c\n"                        # a file has the text itself
 
 
 @pytest.mark.slow
