@@ -87,11 +87,11 @@ def restarts() -> bool:
 
 
 def spread(objective, place: Place, dtype: torch.dtype = torch.float32):
-    """The objective to call, on its device; its parameters, in fp32, are the ones to optimize.
+    """The objective to call, on its device; its parameters, now in fp32, are the ones to optimize.
     `dtype`: of the matrix products, and so of what fsdp gathers of the blocks."""
     if place.kind == "fsdp":
         return _shard(objective, place, dtype)
-    objective.to(place.device)
+    objective.to(place.device, torch.float32)
     if place.kind == "none":
         return objective
     return DistributedDataParallel(objective, gradient_as_bucket_view=True,     # else held twice
@@ -113,10 +113,12 @@ def _shard(objective, place: Place, dtype: torch.dtype):
                 reshard_after_forward=False)
     half = dict(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else {}
     for block in objective.model.layers:
+        block.float()                        # one at a time: no rank ever holds all of it in fp32
         fully_shard([block.attention, block.ffn], **kept,
                     mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False, **half))
         # Else a block that ran many passes is gathered once more when it is done:
         block.attention.set_modules_to_backward_prefetch([block.attention])
+    objective.float()
     fully_shard(objective, **kept, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     objective.two_phase = True        # else gradients are exchanged after each pass of a thought
     objective.gathered_call = lambda run: run()

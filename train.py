@@ -85,17 +85,19 @@ class TrainConfig:
 
 def build_objective(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: ThoughtConfig, tokenizer,
                     resumed: Path | None):
-    """Scratch, a checkpoint, or the one to resume, as the objective to train; fp32 on the CPU."""
+    """Scratch, a checkpoint, or the one to resume, as the objective to train. A checkpoint's
+    weights are mapped as they are stored, from pages that all ranks of a machine share."""
     generator = torch.Generator().manual_seed(seed_of(cfg.seed, INITIAL_WEIGHTS))
     if resumed:
         try:
-            model = weights.load(resumed, thought_config=thought_cfg)
+            model = weights.load(resumed, dtype=None, thought_config=thought_cfg)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{error}{checkpoint.other(resumed)}") from None
     elif cfg.init_from == "scratch":
         model = Mistral(model_cfg).init_weights(generator)
     else:
-        model = weights.load(weights.find_checkpoint(cfg.init_from), thought_config=thought_cfg)
+        model = weights.load(weights.find_checkpoint(cfg.init_from), dtype=None,
+                             thought_config=thought_cfg)
     base = model.model if isinstance(model, QuietSTaR) else model
     weights.check_tokenizer(resumed or cfg.init_from, base.config, tokenizer)
     if cfg.objective == "plain":

@@ -113,12 +113,13 @@ def add_thoughts(model: Mistral, thought_config: ThoughtConfig, dash_id: int,
                  generator: torch.Generator) -> QuietSTaR:
     """A language model about to learn to think, with a fresh mixing head: it predicts as before.
 
-    Both markers start as the em dash's embedding, row `dash_id`, as in the paper.
+    Both markers start as the em dash's embedding, row `dash_id`, as in the paper. What is new is
+    fp32, whatever the model is.
     """
     embedding_D = _embedding(model, dash_id)
     quiet = QuietSTaR(model, thought_config)
     quiet.init_thoughts(embedding_D.cpu(), generator)
-    return quiet.to(embedding_D.device, embedding_D.dtype)
+    return quiet.to(embedding_D.device)
 
 
 class _Uninitialised(TorchFunctionMode):

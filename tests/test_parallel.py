@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import config
 import plan
@@ -334,7 +335,7 @@ def test_the_scripts_for_7b_run_as_typed_on_a_small_model_of_the_same_layout(gam
     shutil.copytree("runs", tmp_path / "runs")
     files, binaries, tokenizer = tmp_path / "files", tmp_path / "bin", tokenizers.load(game)
     weights.save(tiny_quiet(model=dict(vocab_size=20, max_seq_len=512)).model,
-                 files / "Mistral-7B-v0.1", "base", tokenizer=tokenizer)
+                 files / "Mistral-7B-v0.1", "base", torch.bfloat16, tokenizer=tokenizer)
     (files / "c4" / "en").mkdir(parents=True)
     lines = [json.dumps(dict(text=f"ball c : {' '.join(swaps)} now a .", timestamp="", url=""))
              for swaps in itertools.product(("ab", "cd", "ce", "ad"), repeat=6)]
@@ -353,7 +354,8 @@ def test_the_scripts_for_7b_run_as_typed_on_a_small_model_of_the_same_layout(gam
                               capture_output=True, env=env | more)
         assert done.returncode == 0, done.stderr
     assert "going on from" in done.stdout             # one GPU went on with what two had begun
-    assert "start_thought" in tensors(tmp_path / "out" / "Mistral-7B-v0.1-c4")
+    trained = tensors(tmp_path / "out" / "Mistral-7B-v0.1-c4")
+    assert "start_thought" in trained and {t.dtype for t in trained.values()} == {torch.float32}
 
 
 # ------------------------------------------------------------------------------------------ plan.py

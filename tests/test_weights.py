@@ -349,7 +349,8 @@ def test_a_model_that_starts_to_think_predicts_as_before():
     assert quiet.model is base and not quiet.mixing_head[4].weight.any()
     assert torch.equal(quiet.start_thought, base.embed.weight[5])
     assert torch.equal(quiet.end_thought, base.embed.weight[5])
-    assert {p.dtype for p in quiet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in quiet.mixing_head.parameters()} == {torch.float32}
     assert quiet.mixing_head[0].weight.std() > 0
     with pytest.raises(ValueError, match="dash_id=23"):
         weights.add_thoughts(base, ThoughtConfig(), 23, torch.Generator())
