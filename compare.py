@@ -101,7 +101,7 @@ def difficulty(paths: tuple[str, ...], out: str):
               "entropy_base": "entropy without thoughts (nats)"}
     for ax, (name, by) in zip(axes, BINNED.items()):
         for path, marker in zip(paths, "os^v<>DPX*" * len(paths)):
-            (result,), = runs((path,)).values()
+            (result,), = runs((path,), name).values()
             rows = result[name]
             mean = np.array([row["nll_base"] - row["nll_mixed"] for row in rows])
             low, high = np.array([row["interval_gain"] for row in rows]).T

@@ -115,7 +115,7 @@ def curves(logs: tuple[str, ...], out: str):
 
 def top(path: str, log: str, out: str):
     """What it does and how it came about: NLL by difficulty, reward and mixing weight by step."""
-    bins = evaluated(path)["difficulty"]
+    bins = evaluated(path, "difficulty")["difficulty"]
     figure, (nll, reward, weight) = canvas(3, 3.9)
     for name, colour, label in (("nll_base", BASE, "without thoughts"),
                                 ("nll_mixed", MIXED, "with thoughts")):
@@ -133,22 +133,22 @@ def top(path: str, log: str, out: str):
 COLUMNS = ("right_base", "right_mixed", "nll_base", "nll_sharp", "nll_mixed", "working_is_right")
 
 
-def evaluated(path: str) -> dict:
-    """What eval.py found on texts."""
+def evaluated(path: str, *names: str) -> dict:
+    """What eval.py found on texts, with these names in it."""
     try:
         found = json.loads(Path(path).read_text())
     except ValueError:
-        found = {}
-    if "nll_base" not in found:
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= {"nll_base", *names}:
         raise ValueError(f"{path} is not what an evaluation found: eval.py --data --out writes it")
     return found
 
 
-def runs(paths: tuple[str, ...]) -> dict[str, list[dict]]:
+def runs(paths: tuple[str, ...], *names: str) -> dict[str, list[dict]]:
     """What eval.py found, by file name without the seed in front of it."""
     found = defaultdict(list)
     for path in paths:
-        found[re.sub(r"^\d+-", "", Path(path).stem)].append(evaluated(path))
+        found[re.sub(r"^\d+-", "", Path(path).stem)].append(evaluated(path, *names))
     return found
 
 

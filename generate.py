@@ -9,11 +9,10 @@ continuation, so the text's own cache serves: thoughts are written beyond the la
 overwritten by the next one. T + 1 passes a token, whatever the length of the text; with a gate
 T + 2 for the texts that think, and 1 for those that do not.
 
-Left out on purpose: beam search, serving, and dropping texts that have ended from the batch.
+Left out on purpose: beam search and serving.
 
 Read next: trace.py
 """
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,12 +70,15 @@ def read_gate(said: str, quiet: QuietSTaR) -> Gate:
             raise ValueError(f"--gate={said} is neither a number of nats nor a file of "
                              "gate.py's") from None
     found, marker_D = read_json(Path(said)), quiet.end_thought.detach().float().cpu()
-    if not isinstance(found, dict) or not {*found} >= {"threshold", "probe", "bias", "end_thought"}:
-        raise ValueError(f"{said} is not a gate that gate.py wrote")
-    theirs_D = torch.tensor(found["end_thought"])          # some checkpoints come rounded to bf16
-    if theirs_D.shape != marker_D.shape or not torch.allclose(theirs_D, marker_D, 1e-2, 1e-4):
+    try:
+        probe_D, theirs_D = (torch.tensor(found[name]) for name in ("probe", "end_thought"))
+        gate = Gate(float(found["threshold"]), probe_D, float(found["bias"]))
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{said} is not a gate that gate.py writes: fit one (gate.py)") from None
+    if not (probe_D.shape == theirs_D.shape == marker_D.shape                # or rounded to bf16
+            and torch.allclose(theirs_D, marker_D, rtol=1e-2, atol=1e-4)):
         raise ValueError(f"{said} is of another checkpoint: fit one on this (gate.py)")
-    return Gate(found["threshold"], torch.tensor(found["probe"]), found["bias"])
+    return gate
 
 
 def row_streams(seed: int, rows) -> list[np.random.Generator]:
@@ -191,7 +193,7 @@ class Generator:
         quiet, position_b1 = self.quiet, self.position_B1[thinks_B]
         start_b1D, end_b1D = (marker.expand(len(position_b1), 1, -1)
                               for marker in (quiet.start_thought, quiet.end_thought))
-        cache, position_bS = self._rows(thinks_B), position_b1 + 1
+        cache, position_bS = self.cache.rows(thinks_B), position_b1 + 1
         T, thought = quiet.config.thought_len, []
         if state_bD is None:
             state_bD = self._read(start_b1D, position_bS, cache)[:, -1]
@@ -209,11 +211,8 @@ class Generator:
             state_bD = self._read(end_b1D, position_bS + 1, cache)[:, -1]
         return state_bD, torch.stack(thought, 1) if T else position_b1[:, :0]
 
-    def _rows(self, thinks_B):
-        """The cache of the texts that think; a copy if others do not, dropped with the thoughts."""
-        if thinks_B.all():
-            return self.cache
-        part = copy.copy(self.cache)
-        part.k_BKLE, part.v_BKLE = self.cache.k_BKLE[:, thinks_B], self.cache.v_BKLE[:, thinks_B]
-        part.row_B1 = self.cache.row_B1[:len(part.k_BKLE[0])]
-        return part
+    def keep(self, rows_B):
+        """Go on with these texts alone, each of which has its own draws (`streams`); eagerly."""
+        self.streams = [s for s, stays in zip(self.streams, rows_B.tolist()) if stays]
+        self.cache, self.last_B1 = self.cache.rows(rows_B), self.last_B1[rows_B]
+        self.position_B1 = self.position_B1[rows_B]

@@ -16,6 +16,7 @@ Shapes, as suffixes a tensor keeps for life:
 
 Read next: head.py
 """
+import copy
 import math
 from dataclasses import dataclass
 
@@ -95,6 +96,15 @@ class KVCache:
         for store, new in ((self.k_BKLE[layer], k_BSKE), (self.v_BKLE[layer], v_BSKE)):
             store[self.row_B1, :, position_BS] = new.to(store.dtype)
         return self.k_BKLE[layer], self.v_BKLE[layer]
+
+    def rows(self, rows_B):
+        """That of some of the texts: a copy, unless they are all."""
+        if rows_B.all():
+            return self
+        part = copy.copy(self)
+        part.k_BKLE, part.v_BKLE = self.k_BKLE[:, rows_B], self.v_BKLE[:, rows_B]
+        part.row_B1 = self.row_B1[:len(part.k_BKLE[0])]
+        return part
 
 
 class CausalContext:

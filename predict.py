@@ -8,8 +8,6 @@ One place decides how thoughts are given for every evaluation (eval.py, ask.py, 
 `complete` lets texts go on from there, a batch at a time with one cache. Every row draws from
 random numbers of its own, so what it says depends neither on its batch nor on the rank.
 
-Left out on purpose: stopping a row's computation before its whole batch is done.
-
 Read next: evidence.py
 """
 from collections.abc import Callable, Iterator
@@ -98,17 +96,20 @@ def complete(objective, prompts: list[list[int]], tokenizer, max_new: int,
     chance = [np.random.default_rng(key) for key in keys or [(0, row) for row in range(n_rows)]]
     generator = Generator(model, ids_BL, length_B, max_new, temperature, think=think,
                           streams=chance)
-    streams, texts, going = [tokenizer.stream() for _ in prompts], [""] * n_rows, set(range(n_rows))
+    streams, texts, rows = [tokenizer.stream() for _ in prompts], [""] * n_rows, list(range(n_rows))
+    going = set(rows)
     for stream, ids in zip(streams, prompts):
         for token in ids:
             stream.push(token)
     for _ in range(max_new):
-        token_B = generator.step().token_B.tolist()
-        for row in sorted(going):
-            ended = token_B[row] in (tokenizer.eos, tokenizer.bos)
-            texts[row] += "" if ended else streams[row].push(token_B[row])
+        for row, token in zip(rows, generator.step().token_B.tolist()):
+            ended = row not in going or token in (tokenizer.eos, tokenizer.bos)
+            texts[row] += "" if ended else streams[row].push(token)
             if ended or stop(row, texts[row]):
                 going.discard(row)
         if not going:
             break
+        if 2 * len(going) <= len(rows):            # the others would cost as much as these
+            generator.keep(torch.tensor([row in going for row in rows], device=device))
+            rows = [row for row in rows if row in going]
     return [text + stream.flush() for text, stream in zip(texts, streams)]

@@ -21,7 +21,8 @@ NOTE = "a thought is what raised the likelihood of the text, not a record of why
 
 
 def literal(text: str, but: str = "") -> str:
-    """Harmless to a terminal: control characters, `but` some, as they are written in Python."""
+    """Harmless to a terminal, and on one line: control characters, `but` some, as Python writes
+    them."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]",
                   lambda match: match[0] if match[0] in but else repr(match[0])[1:-1], text)
 
@@ -63,7 +64,7 @@ class View:
 
     def _text(self, text: str) -> str:
         """As it is, but in a terminal, which would obey it."""
-        return literal(text, but="\n\t") if self.out.isatty() else text
+        return literal(text.replace("\r\n", "\n"), "\n\t") if self.out.isatty() else text
 
     def _style(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colours else text

@@ -73,7 +73,8 @@ def load(folder: str | Path, device="cpu", dtype: torch.dtype | None = torch.flo
             model = QuietSTaR(base, thought_config)
     for name, theirs in _checked_names(path, model, layout, tensors).items():
         tensor = tensors[theirs].read(dtype, device)
-        tensor = tensor[0] * formats.MARKER_SCALE if theirs in formats.MARKERS else tensor
+        if theirs in formats.MARKERS:
+            tensor = (tensor[0].float() * formats.MARKER_SCALE).to(dtype or torch.float32)
         tensor = formats.turn(tensor, name, layout, shape, ours=True)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
@@ -114,7 +115,7 @@ def add_thoughts(model: Mistral, thought_config: ThoughtConfig, dash_id: int,
     """A language model about to learn to think, with a fresh mixing head: it predicts as before.
 
     Both markers start as the em dash's embedding, row `dash_id`, as in the paper. What is new is
-    fp32, whatever the model is.
+    fp32 even on a bf16 model, which then has to be cast before it runs.
     """
     embedding_D = _embedding(model, dash_id)
     quiet = QuietSTaR(model, thought_config)
@@ -287,12 +288,11 @@ def main():
     except FileNotFoundError as error:
         print(f"no tokenizer is copied: {error}")
         tokenizer = None
-    dtype = getattr(torch, cfg.dtype) if cfg.dtype else None
     if cfg.reset_markers and not tokenizer:
         raise ValueError("--reset_markers needs the tokenizer, for its em dash, beside the weights")
     dash_id = tokenizers.dash_id(tokenizer) if cfg.reset_markers else None
     model = load(folder, dtype=None, reset_markers=cfg.reset_markers, dash_id=dash_id)
-    save(model, cfg.out, cfg.layout, dtype, tokenizer=tokenizer)
+    save(model, cfg.out, cfg.layout, getattr(torch, cfg.dtype, None), tokenizer=tokenizer)
     print(f"wrote {cfg.out}")
 
 

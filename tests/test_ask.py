@@ -143,6 +143,36 @@ def test_a_direct_answer_is_decoded_greedily_with_and_without_thoughts(school):
         assert tokenizer.decode(longer) == tokenizer.decode(ids) + said
 
 
+@pytest.mark.parametrize("think", [True, False])
+def test_texts_that_have_ended_cost_nothing_and_leave_the_others_alone(school, think):
+    tokenizer, quiet = tokenizers.load(school), weights.load(school / "quiet")
+    prompts = [tokenizer.encode(f"Q: {n} + 1?\nA:", bos=True) for n in range(0, 1000, 200)]
+    stops, keys, passes = (9, 2, 9, 5, 3), [(0, row) for row in range(5)], []
+
+    def complete(rows):
+        said = dict.fromkeys(rows, 0)
+
+        def stop(i, text):
+            said[rows[i]] += 1
+            return said[rows[i]] >= stops[rows[i]]
+        return predict.complete(quiet, [prompts[row] for row in rows], tokenizer, 20, stop, think,
+                                1.0, [keys[row] for row in rows])
+    quiet.model.layers[0].register_forward_hook(lambda module, args, out: passes.append(len(out)))
+    a_token = quiet.config.thought_len + 1 if think else 1
+    alone, lives = [], []
+    for row in range(5):
+        alone += complete([row])
+        lives.append(len(passes[1:]) // a_token)                 # the filling of the cache aside
+        passes.clear()
+    assert complete(list(range(5))) == alone
+    rows, expected = 5, []
+    for step in range(max(lives)):
+        expected += [rows] * a_token
+        left = sum(life > step + 1 for life in lives)
+        rows = left if 2 * left <= rows else rows
+    assert passes[1:] == expected and expected[0] > expected[-1]
+
+
 def test_another_seed_says_something_else_and_no_thoughts_something_else_again(
         call, school, tmp_path):
     said = []

@@ -86,11 +86,17 @@ def test_a_file_of_another_kind_is_one_line_that_names_it(tmp_path, call):
     write(tmp_path, "base", 0)
     log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     text.write_text("words")
+    number, task = tmp_path / "5.json", tmp_path / "task.json"
+    number.write_text("5")
+    task.write_text('{"nll_base": {"mean": 1.0}, "soft_base": {"mean": 0.1}}')
     out = f"--out={tmp_path}/wrong.png"
     for script, kind, given, wrong, of in (
             (figures, "table", f"{log}", log, "eval.py"), (figures, "table", text, text, "eval.py"),
             (figures, "curves", found, found, "log.jsonl"), (figures, "curves", text, text, "log"),
             (figures, "top", f"{log},{log}", log, "eval.py"),
+            (figures, "table", number, number, "eval.py"),
+            (figures, "top", f"{task},{log}", task, "eval.py"),
+            (compare, "difficulty", task, task, "eval.py"),
             (compare, "controls", log, log, "eval.py"), (compare, "difficulty", text, text, "eval")):
         status, _, stderr = call(script, f"--kind={kind}", f"--input={given}", out)
         assert status == 2 and f"{wrong} is not" in stderr and of in stderr, stderr

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import formats
+import thoughts
 import weights
 from thoughts import ThoughtConfig, every_position
 
@@ -39,10 +40,20 @@ def read(case: Path):
     return quiet, arrays, arrays["ids"].long(), arrays["valid"].bool()
 
 
-def forward(quiet, arrays, ids_BL, valid_BL, path: str):
+PATHS = ["one phase, folded", "one phase, reference", "two phases, folded", "two phases, reference"]
+
+
+def forward(quiet, arrays, ids_BL, valid_BL, path: str, monkeypatch):
     thought_BNPT = arrays["thoughts"].long()[:, :, :-1]          # the last position has no target
-    position_BP = None if path == "folded" else every_position(ids_BL)
-    return quiet(ids_BL, valid_BL, position_BP, thought_BNPT=thought_BNPT, all_logp=True)
+    position_BP = None if "folded" in path else every_position(ids_BL)
+    if "two" in path:
+        return quiet(ids_BL, valid_BL, position_BP, thought_BNPT=thought_BNPT, all_logp=True)
+    tokens = iter(thought_BNPT.flatten(0, 2).unbind(-1))         # as if they had been sampled
+    monkeypatch.setattr(thoughts, "choose_tokens",
+                        lambda hidden_RD, *_: (next(tokens), hidden_RD.new_zeros(len(hidden_RD))))
+    outcome = quiet(ids_BL, valid_BL, position_BP, all_logp=True)
+    assert torch.equal(outcome.thought_BNPT, thought_BNPT)
+    return outcome
 
 
 def close(ours, released, tolerance: float = 1e-5):
@@ -50,10 +61,11 @@ def close(ours, released, tolerance: float = 1e-5):
     torch.testing.assert_close(ours, released.to(ours.dtype), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("path", ["folded", "reference"])
-def test_every_value_equals_the_released_one(case, path):
+@pytest.mark.parametrize("path", PATHS)
+def test_every_value_equals_the_released_one(case, path, monkeypatch):
     quiet, arrays, ids_BL, valid_BL = read(case)
-    out, A, L = forward(quiet, arrays, ids_BL, valid_BL, path), quiet.config.n_true, ids_BL.shape[1]
+    out = forward(quiet, arrays, ids_BL, valid_BL, path, monkeypatch)
+    A, L = quiet.config.n_true, ids_BL.shape[1]
     close(out.loss.detach(), arrays["loss"])
     close(out.loss_policy, arrays["policy_loss"])
     close(out.base_nll_BL, arrays["base_nll"])
@@ -64,10 +76,10 @@ def test_every_value_equals_the_released_one(case, path):
     close(out.logp_BNPT[:, :, :L - 1 - A], arrays["thought_logp_T3"])
 
 
-@pytest.mark.parametrize("path", ["folded", "reference"])
-def test_every_gradient_equals_the_released_one(case, path):
+@pytest.mark.parametrize("path", PATHS)
+def test_every_gradient_equals_the_released_one(case, path, monkeypatch):
     quiet, arrays, ids_BL, valid_BL = read(case)
-    forward(quiet, arrays, ids_BL, valid_BL, path).loss.backward()
+    forward(quiet, arrays, ids_BL, valid_BL, path, monkeypatch).loss.backward()
     ours = {formats.file_name(name, "released"): p.grad for name, p in quiet.named_parameters()}
     released = load_file(case / "grads.safetensors")
     assert set(ours) == set(released)

@@ -5,7 +5,7 @@ The fused kernel there is another one, in bf16 alone; Mistral-7B's head counts a
 import pytest
 import torch
 
-from attention import FoldedAttention, thought_attention
+from attention import FoldedAttention, join, thought_attention
 from generate import Generator
 from thoughts import every_position
 from toys import texts, tiny_quiet, uniforms
@@ -13,18 +13,21 @@ from toys import texts, tiny_quiet, uniforms
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
 
-@pytest.mark.parametrize("B, N, P, M, H, K, E", [(1, 2, 255, 17, 32, 8, 128),
-                                                 (2, 3, 40, 9, 8, 8, 64)])
-def test_folded_attention_loses_no_more_in_bfloat16_than_the_reference(B, N, P, M, H, K, E):
-    """1,088 query heads for 8 key heads in the first case."""
+@pytest.mark.parametrize("B, N, P, passes, H, K, E", [(1, 2, 255, [17], 32, 8, 128),
+                                                      (1, 2, 255, [1] * 12 + [5], 32, 8, 128),
+                                                      (1, 2, 255, [1] * 5, 32, 8, 128),
+                                                      (2, 3, 40, [9], 8, 8, 64)])
+def test_folded_attention_loses_no_more_in_bfloat16_than_the_reference(B, N, P, passes, H, K, E):
+    """The tokens of the last pass attend; 1,088 query heads for 8 key heads in the first case."""
     generator = torch.Generator("cuda").manual_seed(0)
-    shapes = (B, N, P, M, H, E), *[(B, P, K, E)] * 2, *[(B, N, P, M, K, E)] * 2
+    own = [(B, N, P, new, K, E) for new in passes for _ in "kv"]
+    shapes = (B, N, P, passes[-1], H, E), *[(B, P, K, E)] * 2, *own
     inputs = [torch.randn(shape, device="cuda", generator=generator) for shape in shapes]
     d_out = torch.randn(shapes[0], device="cuda", generator=generator)
     position_BP = torch.arange(P, device="cuda").expand(B, P)
 
-    def reference(q, k_text, v_text, k, v):
-        return thought_attention(q, k, v, k_text, v_text, position_BP, None)
+    def reference(q, k_text, v_text, *own):
+        return thought_attention(q, *join(own), k_text, v_text, position_BP, None)
     found = []
     for attend, dtype in ((reference, torch.float32), (FoldedAttention.apply, torch.bfloat16),
                           (reference, torch.bfloat16)):
@@ -32,7 +35,8 @@ def test_folded_attention_loses_no_more_in_bfloat16_than_the_reference(B, N, P, 
         out = attend(*leaves)
         out.backward(d_out.to(dtype))
         found.append([out.detach()] + [t.grad for t in leaves])
-    for name, exact, folded, plain in zip(("out", "q", "k_text", "v_text", "k", "v"), *found):
+    names = "out", "q", "k_text", "v_text", *["k", "v"] * len(passes)
+    for name, exact, folded, plain in zip(names, *found, strict=True):
         ours, theirs = ((t - exact).norm() / exact.norm() for t in (folded, plain))
         assert ours <= 1.25 * theirs + 1e-3, f"{name}: {ours:.2e} against {theirs:.2e}"
 
@@ -47,6 +51,23 @@ def test_a_gpu_finds_the_cpus_loss_and_gradients():
                      + [p.grad.cpu() for p in quiet.parameters()])
     for cpu, gpu in zip(*found):
         torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-4)
+
+
+def test_in_bfloat16_one_phase_loses_no_more_than_two():
+    quiet = tiny_quiet(model=dict(dim=64, head_dim=64), n_thoughts=3).cuda()   # the kernel's width
+    ids_BL, found = texts(2, 24).cuda(), []
+    draws = dict(uniform_BNPT=uniforms(2, 3, 23, 3).cuda())
+    for half in (True, True, False):                        # one phase, then two, and two in fp32
+        quiet.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            outcome = quiet(ids_BL, ids_BL >= 0, **draws)
+        outcome.loss.backward()
+        found.append({name: p.grad for name, p in quiet.named_parameters()})
+        draws = dict(thought_BNPT=outcome.thought_BNPT)
+    ours, theirs, exact = found
+    for name in exact:
+        error, oracle = ((g[name] - exact[name]).norm() / exact[name].norm() for g in (ours, theirs))
+        assert error <= 1.25 * oracle + 1e-3, f"{name}: {error:.2e} against {oracle:.2e}"
 
 
 def test_sampling_in_bfloat16_stays_near_float32():

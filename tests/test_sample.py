@@ -366,7 +366,7 @@ def test_a_mistake_is_one_line(call, checkpoint, game, tmp_path, monkeypatch):
             ([given, "--think=gate"], "need each other"), ([given, "--gate=1"], "need each other"),
             ([given, "--prompt=ball", "--think=gate", "--gate=x"], "neither a number of nats"),
             ([given, "--prompt=ball", "--think=gate", f"--gate={tmp_path}/gate.json"],
-             "gate.json is not a gate that gate.py wrote"),
+             "gate.json is not a gate that gate.py writes: fit one"),
             ([given, "--prompt=ball", "--think=gate", f"--gate={tmp_path}/other.json"],
              "other.json is of another checkpoint: fit one on this"),
             ([given, "--samples=2"], "all the same"), ([given, "--top_p=0"], "not above 0"),
