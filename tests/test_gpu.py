@@ -8,7 +8,7 @@ import torch
 from attention import FoldedAttention, join, thought_attention
 from generate import Generator
 from thoughts import every_position
-from toys import texts, tiny_quiet, uniforms
+from toys import assert_one_phase_loses_no_more, texts, tiny_quiet, uniforms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -55,19 +55,7 @@ def test_a_gpu_finds_the_cpus_loss_and_gradients():
 
 def test_in_bfloat16_one_phase_loses_no_more_than_two():
     quiet = tiny_quiet(model=dict(dim=64, head_dim=64), n_thoughts=3).cuda()   # the kernel's width
-    ids_BL, found = texts(2, 24).cuda(), []
-    draws = dict(uniform_BNPT=uniforms(2, 3, 23, 3).cuda())
-    for half in (True, True, False):                        # one phase, then two, and two in fp32
-        quiet.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=half):
-            outcome = quiet(ids_BL, ids_BL >= 0, **draws)
-        outcome.loss.backward()
-        found.append({name: p.grad for name, p in quiet.named_parameters()})
-        draws = dict(thought_BNPT=outcome.thought_BNPT)
-    ours, theirs, exact = found
-    for name in exact:
-        error, oracle = ((g[name] - exact[name]).norm() / exact[name].norm() for g in (ours, theirs))
-        assert error <= 1.25 * oracle + 1e-3, f"{name}: {error:.2e} against {oracle:.2e}"
+    assert_one_phase_loses_no_more(quiet, texts(2, 24).cuda(), uniforms(2, 3, 23, 3).cuda())
 
 
 def test_sampling_in_bfloat16_stays_near_float32():

@@ -9,7 +9,7 @@ from generate import Generator
 from head import choose_tokens
 from model import CausalContext
 from thoughts import count_terms, every_position, mix, true_tokens
-from toys import texts, tiny_quiet, uniforms
+from toys import assert_one_phase_loses_no_more, texts, tiny_quiet, uniforms
 
 
 def plain_pass(quiet, embeddings_SD):
@@ -76,19 +76,7 @@ def test_reading_each_token_once_gives_the_loss_and_gradients_of_two_phases(mode
 
 
 def test_in_bfloat16_reading_each_token_once_loses_no_more_than_two_phases():
-    quiet, ids_BL, found = tiny_quiet(n_thoughts=3), texts(2, 24), []
-    draws = dict(uniform_BNPT=uniforms(2, 3, 23, 3))
-    for dtype in (torch.bfloat16, torch.bfloat16, torch.float32):    # one phase, then two, and two
-        quiet.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            outcome = quiet(ids_BL, ids_BL >= 0, **draws)
-        outcome.loss.backward()
-        found.append({name: p.grad for name, p in quiet.named_parameters()})
-        draws = dict(thought_BNPT=outcome.thought_BNPT)
-    ours, theirs, exact = found
-    for name in exact:
-        error, oracle = ((g[name] - exact[name]).norm() / exact[name].norm() for g in (ours, theirs))
-        assert error <= 1.25 * oracle + 1e-3, f"{name}: {error:.2e} against {oracle:.2e}"
+    assert_one_phase_loses_no_more(tiny_quiet(n_thoughts=3), texts(2, 24), uniforms(2, 3, 23, 3))
 
 
 @pytest.mark.parametrize("every", [True, False])

@@ -41,6 +41,22 @@ def uniforms(*shape, seed: int = 0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def assert_one_phase_loses_no_more(quiet: QuietSTaR, ids_BL, uniform_BNPT):
+    """In bfloat16, of every gradient, than two phases with the same thoughts do."""
+    found, draws = [], dict(uniform_BNPT=uniform_BNPT)
+    for half in (True, True, False):                    # one phase, then two, then two in fp32
+        quiet.zero_grad()
+        with torch.autocast(ids_BL.device.type, torch.bfloat16, enabled=half):
+            outcome = quiet(ids_BL, ids_BL >= 0, **draws)
+        outcome.loss.backward()
+        found.append({name: p.grad for name, p in quiet.named_parameters()})
+        draws = dict(thought_BNPT=outcome.thought_BNPT)
+    ours, theirs, exact = found
+    for name in exact:
+        error, oracle = ((g[name] - exact[name]).norm() / exact[name].norm() for g in (ours, theirs))
+        assert error <= 1.25 * oracle + 1e-3, f"{name}: {error:.2e} against {oracle:.2e}"
+
+
 class DenseContext:
     """Attention under one dense boolean mask, [queries, keys], per window."""
     def __init__(self, position_BS, mask_of_window):
