@@ -97,7 +97,8 @@ def test_a_file_of_another_kind_is_one_line_that_names_it(tmp_path, call):
             (figures, "table", number, number, "eval.py"),
             (figures, "top", f"{task},{log}", task, "eval.py"),
             (compare, "difficulty", task, task, "eval.py"),
-            (compare, "controls", log, log, "eval.py"), (compare, "difficulty", text, text, "eval")):
+            (compare, "controls", log, log, "eval.py"),
+            (compare, "difficulty", text, text, "eval.py")):
         status, _, stderr = call(script, f"--kind={kind}", f"--input={given}", out)
         assert status == 2 and f"{wrong} is not" in stderr and of in stderr, stderr
         assert stderr.count("\n") == 1 and not (tmp_path / "wrong.png").exists()

@@ -298,7 +298,7 @@ def test_in_a_terminal_the_text_flows_around_its_thoughts(monkeypatch):
         for code in ("\x1b[32m", "\x1b[33m", "\x1b[2m", "\x1b[0m"):
             assert (code in plain) == colour
             plain = plain.replace(code, "")
-        thought = r"x\n\x1b[31m w 0.25"      # neither thought nor text reach the terminal's controls
+        thought = r"x\n\x1b[31m w 0.25"    # neither thought nor text reach the terminal's controls
         assert plain == (f"{show.NOTE}\nb [{thought} +0.50] a [{thought} -0.50]\\x1b] "
                          f"[{thought} +0.05] c\n")
         monkeypatch.setenv("NO_COLOR", "1")

@@ -53,7 +53,8 @@ def assert_one_phase_loses_no_more(quiet: QuietSTaR, ids_BL, uniform_BNPT):
         draws = dict(thought_BNPT=outcome.thought_BNPT)
     ours, theirs, exact = found
     for name in exact:
-        error, oracle = ((g[name] - exact[name]).norm() / exact[name].norm() for g in (ours, theirs))
+        error, oracle = ((gradients[name] - exact[name]).norm() / exact[name].norm()
+                         for gradients in (ours, theirs))
         assert error <= 1.25 * oracle + 1e-3, f"{name}: {error:.2e} against {oracle:.2e}"
 
 
