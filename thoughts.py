@@ -154,16 +154,11 @@ class QuietSTaR(nn.Module):
         the same loss at a share of the cost. `uniform_BNPT` in [0, 1) decides the thoughts that are
         not forced. `terms`: `count_terms` of the step, default this batch's. `all_logp`: of all.
         """
-        c, surprise_BNP, every = self.config, torch.zeros(()), position_BP is None
+        c, every = self.config, position_BP is None
         position_BP = every_position(ids_BL) if every else position_BP
         terms = count_terms(valid_BL, c, position_BP.shape[1]) if terms is None else terms
-        if thought_BNPT is None and (self.two_phase or self.model.recompute):
-            thought_BNPT, surprise_BNP = self.think(ids_BL, position_BP, uniform_BNPT, every)
-        if thought_BNPT is None:
-            base_BLD, hanging_BNPMD, thought_BNPT, surprise_BNP = self.think_and_grade(
-                ids_BL, position_BP, uniform_BNPT, every)
-        else:
-            base_BLD, hanging_BNPMD = self.grade(ids_BL, position_BP, thought_BNPT, every)
+        base_BLD, hanging_BNPMD, thought_BNPT, surprise_BNP = self.think_and_grade(
+            ids_BL, position_BP, uniform_BNPT, thought_BNPT, every)
         after_BNPAD = hanging_BNPMD[..., c.thought_len + 1:, :]             # from the end marker on
         mixed_BNPAD, weight_BNPA = self.mixed(base_BLD, after_BNPAD, position_BP)
 
@@ -228,8 +223,7 @@ class QuietSTaR(nn.Module):
         return torch.cat((start, inner, end, *ahead), dim=3)
 
     def grade(self, ids_BL, position_BP, thought_BNPT, every: bool):
-        """The second of two phases: one pass over everything. States of the text, and of what
-        hangs off it."""
+        """The second of two phases, in one pass: states of the text, and of what hangs off it."""
         ahead_BPa, _ = true_tokens(ids_BL, ids_BL >= 0, position_BP, self.config.n_true - 1)
         hanging_BNPMD = self.embed_hanging(thought_BNPT, ahead_BPa)
         L, shape = ids_BL.shape[1], hanging_BNPMD.shape[1:4]
@@ -238,10 +232,16 @@ class QuietSTaR(nn.Module):
                                                                every))
         return hidden_BSD[:, :L], hidden_BSD[:, L:].unflatten(1, shape)
 
-    def think_and_grade(self, ids_BL, position_BP, uniform_BNPT, every: bool):
-        """Both in one phase: each token is read once, with gradients. Up to a fifth cheaper.
-        But a block runs T + 2 times before its backward, and its context remembers: no activation
-        checkpointing, and fsdp would exchange gradients after each of those passes."""
+    def think_and_grade(self, ids_BL, position_BP, uniform_BNPT, thought_BNPT, every: bool):
+        """States of the text and of what hangs off it, the thoughts, and their surprise. One phase
+        reads each token once, with gradients: up to a fifth cheaper. But a block runs T + 2 times
+        before its backward, and its context remembers: no activation checkpointing, and fsdp would
+        exchange gradients after each of those passes."""
+        surprise_BNP = torch.zeros(())                     # of thoughts that are forced
+        if thought_BNPT is None and (self.two_phase or self.model.recompute):
+            thought_BNPT, surprise_BNP = self.think(ids_BL, position_BP, uniform_BNPT, every)
+        if thought_BNPT is not None:
+            return *self.grade(ids_BL, position_BP, thought_BNPT, every), thought_BNPT, surprise_BNP
         c, context = self.config, GrowingContext(ids_BL.shape[1], position_BP, every)
         base_BLD, states = self.model(ids_BL, context), []
         thought_BNPT, surprise_BNP = self._grow(context, uniform_BNPT, c.n_thoughts, states)
