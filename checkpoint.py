@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-import parallel
+import distributed as parallel
 import weights
-from files import checkpoints, put_in_place, stored_tensors, write_atomically
+from formats.tensors import checkpoints, put_in_place, stored_tensors, write_atomically
 from model import NextToken
 
 MOMENTS = "exp_avg", "exp_avg_sq"        # AdamW's, of the gradient and of its square

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import config
-from files import published
+from formats.tensors import published
 from tokenizer import load
 
 

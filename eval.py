@@ -25,15 +25,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import ask
+from tasks import ask
 import config
 import data
-import parallel
-import shell_game
-import tasks
+import distributed as parallel
+from tasks import shell_game
+from tasks import qa as tasks
 import tokenizer as tokenizers
 import weights
-from evidence import TEMPERATURES, Progress, cell, compare, interval, sharpened, summary, table
+from tasks.bootstrap import TEMPERATURES, Progress, cell, compare, interval, sharpened, summary, table
 from predict import pack_positions, states, thinks
 from thoughts import QuietSTaR, visible_logits
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from head import weighted_nll
+from lm_head import weighted_nll
 
 PIECE = 2048                          # tokens of a text that a feed-forward layer takes at a time
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from generate import Generator
+from inference import Generator
 from model import CausalContext
 from thoughts import QuietSTaR, base_at, visible_logits
 

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 
 import config
-import page
+from tools import page
 import tokenizer as tokenizers
 import weights
-from generate import Gate, Generator, read_gate, row_streams
-from show import View, show
+from inference import Gate, Generator, read_gate, row_streams
+from tools.show import View, show
 from thoughts import QuietSTaR
-from trace import Line, Token, generated, given
+from tools.trace import Line, Token, generated, given
 
 
 @dataclass(frozen=True)

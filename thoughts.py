@@ -37,7 +37,7 @@ import torch
 from torch import nn
 
 from attention import GrowingContext, PackedContext
-from head import choose_tokens, weighted_nll
+from lm_head import choose_tokens, weighted_nll
 from model import Mistral
 
 

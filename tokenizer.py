@@ -20,9 +20,9 @@ from pathlib import Path
 
 import sentencepiece
 
-import bpe
+from formats import bpe
 import config
-from files import published
+from formats.tensors import published
 
 START_THOUGHT, END_THOUGHT = "<|startthought|>", "<|endthought|>"
 NAMES = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "tokenizer.json", "words.json")

@@ -29,10 +29,10 @@ import checkpoint
 import config
 import data
 import eval as evaluation
-import parallel
+import distributed as parallel
 import tokenizer as tokenizers
 import weights
-from files import fingerprint
+from formats.tensors import fingerprint
 from model import Mistral, ModelConfig, NextToken
 from thoughts import QuietSTaR, ThoughtConfig, count_terms
 

@@ -22,10 +22,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import config
-import formats
-import parallel
+from formats import huggingface as formats
+import distributed as parallel
 import tokenizer as tokenizers
-from files import find_checkpoint, read_json, stored_tensors, write_atomically
+from formats.tensors import find_checkpoint, read_json, stored_tensors, write_atomically
 from model import Mistral, ModelConfig, NextToken
 from thoughts import QuietSTaR, ThoughtConfig
 

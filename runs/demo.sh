@@ -11,7 +11,7 @@ game=data/shell_game out=out/demo
 rm -rf "$out"
 
 . runs/shell_game_settings.sh
-python shell_game.py --out=$game
+python -m tasks.shell_game --out=$game
 echo; echo "1/4  pretraining a base that thinks aloud now and then"
 python train.py $model $pretrain --data=$game/aloud --out=$out/base
 echo; echo "2/4  the same training goes on, on text without working"
@@ -25,7 +25,7 @@ score "base" --checkpoint=$out/base --out="$out/base.json"
 score "plain training goes on" --checkpoint=$out/plain --out="$out/plain training goes on.json"
 score "thinking with thoughts swapped" --checkpoint=$out/quiet --thoughts=swapped --out="$out/thinking with thoughts swapped.json"
 score "thinking" --checkpoint=$out/quiet --out="$out/thinking.json"
-python figures.py --kind=curves --input=$out/quiet/log.jsonl,$out/plain/log.jsonl --out=$out/demo.png
-python figures.py --kind=top --input=$out/thinking.json,$out/quiet/log.jsonl --out=$out/top.png
+python -m tools.figures --kind=curves --input=$out/quiet/log.jsonl,$out/plain/log.jsonl --out=$out/demo.png
+python -m tools.figures --kind=top --input=$out/thinking.json,$out/quiet/log.jsonl --out=$out/top.png
 echo
-python figures.py --kind=table --input="$out/base.json,$out/plain training goes on.json,$out/thinking with thoughts swapped.json,$out/thinking.json"
+python -m tools.figures --kind=table --input="$out/base.json,$out/plain training goes on.json,$out/thinking with thoughts swapped.json,$out/thinking.json"

@@ -31,4 +31,4 @@ for name in ${GSM_TEST:+base plain quiet}; do
   echo; echo "$name, asked"
   python eval.py --checkpoint=$out/$name --task=gsm8k --file="$GSM_TEST" --out=$out/$name-asked.json
 done
-python compare.py --kind=difficulty --input=$out/quiet.json --out=$out/difficulty.png
+python -m tools.compare --kind=difficulty --input=$out/quiet.json --out=$out/difficulty.png

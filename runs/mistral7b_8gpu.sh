@@ -6,7 +6,7 @@
 #
 # Needs `pip install huggingface_hub pyarrow`, 15 GB of disk for the model, 87 GB for each checkpoint
 # (two are kept, a third while it is written), 30 GB of memory a process while it loads, and per GPU
-# what `python bench.py --plan` says. What dies is restarted, and the same command goes on where it
+# what `python -m tools.bench --plan` says. What dies is restarted, and the same command goes on where it
 # was. Several nodes: prepare model and data on one, then on each, with a file system they share,
 #   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1      # a restart finds nothing of what died
 #   RUN="--nnodes=2 --rdzv_backend=c10d --rdzv_id=quiet --rdzv_endpoint=FIRST_NODE:29500" \

@@ -38,7 +38,7 @@ score() {
   done
 }
 
-[ -f $game/silent/meta.json ] || python shell_game.py --out=$game
+[ -f $game/silent/meta.json ] || python -m tasks.shell_game --out=$game
 run base scratch $model $pretrain --data=$game/aloud | each
 silent="--data=$game/silent" base=$out/base-SEED
 {
@@ -66,7 +66,7 @@ done | each
 for name in $every; do
   for seed in $seeds; do ! [ -f $out/json/$seed-$name.json ] || echo $out/json/$seed-$name.json; done
 done | paste -sd, > $out/json/all
-python figures.py --kind=table --input="$(cat $out/json/all)"
-python compare.py --kind=controls --input="$(cat $out/json/all)" --out=$out/controls.png
-python compare.py --kind=difficulty --out=$out/difficulty.png \
+python -m tools.figures --kind=table --input="$(cat $out/json/all)"
+python -m tools.compare --kind=controls --input="$(cat $out/json/all)" --out=$out/controls.png
+python -m tools.compare --kind=difficulty --out=$out/difficulty.png \
   --input="$(for seed in $seeds; do echo $out/json/$seed-thinking.json; done | paste -sd,)"

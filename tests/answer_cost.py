@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import predict  # noqa: E402
-import tasks  # noqa: E402
+from tasks import qa as tasks  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
 from toys import tiny_quiet  # noqa: E402
 

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-import shell_game
+from tasks import shell_game
 
 torch.set_num_threads(1)              # two threads on a busy machine can be slower than one,
 os.environ["OMP_NUM_THREADS"] = "1"   # and sums in another order: no longer the same bit for bit

@@ -29,8 +29,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import checkpoint  # noqa: E402
 import config  # noqa: E402
-import parallel  # noqa: E402
-import plan  # noqa: E402
+import distributed as parallel  # noqa: E402
+from tools import memory as plan  # noqa: E402
 import toys  # noqa: E402
 import train as training  # noqa: E402
 from model import ModelConfig, NextToken  # noqa: E402

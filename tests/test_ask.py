@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-import ask
+from tasks import ask
 import eval as evaluation
-import evidence
+from tasks import bootstrap as evidence
 import predict
 import questions
-import tasks
+from tasks import qa as tasks
 import tokenizer as tokenizers
 import weights
-from evidence import PLAIN
+from tasks.bootstrap import PLAIN
 
 N_ROWS = 11
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
+from tools import bench
 from model import Mistral, ModelConfig
 from naive import naive_objective, naive_step
-from generate import Generator
+from inference import Generator
 from thoughts import QuietSTaR, ThoughtConfig
 from toys import texts, tiny_quiet, uniforms
 

@@ -4,8 +4,8 @@ import json
 import numpy as np
 import pytest
 
-import compare
-import figures
+from tools import compare
+from tools import figures
 
 pytest.importorskip("matplotlib")
 

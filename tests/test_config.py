@@ -53,8 +53,8 @@ def test_help_shows_the_comment_behind_a_field(capsys):
     assert "in the oven (default: 5)" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "eval", "data", "shell_game", "tokenizer",
-                                    "weights", "figures", "compare"])
+@pytest.mark.parametrize("script", ["train", "sample", "eval", "data", "tasks.shell_game", "tokenizer",
+                                    "weights", "tools.figures", "tools.compare"])
 def test_every_script_ends_a_mistake_in_one_line_and_status_2(script, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [script + ".py", "--no_such_option=1"])
     with pytest.raises(SystemExit) as end:

@@ -12,7 +12,7 @@ import torch
 
 import config
 import data
-import files
+from formats import tensors as files
 
 
 def numbers(vocab_size=1000, bos=None, eos=0):

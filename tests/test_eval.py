@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import eval as evaluation
-import evidence
+from tasks import bootstrap as evidence
 import predict
-import shell_game
+from tasks import shell_game
 import tokenizer as tokenizers
 import weights
 from data import TokenFile, prepare

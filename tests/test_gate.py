@@ -8,13 +8,13 @@ import torch
 
 import data
 import eval as evaluation
-import gate
+from tools import gate
 import sample
 import tokenizer as tokenizers
 import weights
-from generate import Gate, read_gate
+from inference import Gate, read_gate
 from toys import tiny_quiet
-from trace import given
+from tools.trace import given
 
 
 @pytest.fixture(scope="module")

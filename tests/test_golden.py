@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import formats
+from formats import huggingface as formats
 import thoughts
 import weights
 from thoughts import ThoughtConfig, every_position

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attention import FoldedAttention, join, thought_attention
-from generate import Generator
+from inference import Generator
 from thoughts import every_position
 from toys import assert_one_phase_loses_no_more, texts, tiny_quiet, uniforms
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eval as evaluation
-import harness
+from tasks import lm_eval_harness as harness
 import questions
 import tokenizer as tokenizers
 import weights
@@ -108,7 +108,7 @@ def test_what_it_generates_is_the_greedy_continuation_up_to_the_first_stop(schoo
 def test_its_own_command_line_runs_both_tasks_on_local_files(school, tmp_path):
     """Offline; and the accuracy it reports is the one that our likelihoods give."""
     done = subprocess.run(
-        [sys.executable, "harness.py", f"--files=gsm8k_cot_zeroshot={school}/gsm8k.jsonl,"
+        [sys.executable, "-m", "tasks.lm_eval_harness", f"--files=gsm8k_cot_zeroshot={school}/gsm8k.jsonl,"
          f"commonsense_qa={school}/commonsense_qa.jsonl", "run", "--model", "quiet_star",
          "--model_args", f"checkpoint={school}/quiet", "--tasks",
          "gsm8k_cot_zeroshot,commonsense_qa", "--gen_kwargs", "max_gen_toks=6", "--batch_size", "4",

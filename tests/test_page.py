@@ -6,12 +6,12 @@ import re
 import pytest
 
 import browser
-import page
+from tools import page
 import sample
-from generate import Gate
+from inference import Gate
 from tokenizer import START_THOUGHT, Tokenizer
 from toys import tiny_quiet
-from trace import Token, given
+from tools.trace import Token, given
 
 PIECES = ["<b>bold", "</b>", " &", " &amp;", ' "quoted"', " 'x'", " ", b"\xf0\x9f", b"\x8e\xb2",
           " é", f" {START_THOUGHT}", " </script>", "</span></style>\n", " -->", " ]]>\t",

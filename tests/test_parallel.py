@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import config
-import plan
+from tools import memory as plan
 import tokenizer as tokenizers
 import train
 import weights
@@ -332,7 +332,8 @@ def test_the_scripts_for_7b_run_as_typed_on_a_small_model_of_the_same_layout(gam
     """Downloads are played by a folder; the rest is what a person with eight GPUs types."""
     for path in Path().glob("*.py"):
         shutil.copy(path, tmp_path)
-    shutil.copytree("runs", tmp_path / "runs")
+    for folder in ("runs", "tasks", "formats", "tools"):
+        shutil.copytree(folder, tmp_path / folder)
     files, binaries, tokenizer = tmp_path / "files", tmp_path / "bin", tokenizers.load(game)
     weights.save(tiny_quiet(model=dict(vocab_size=20, max_seq_len=512)).model,
                  files / "Mistral-7B-v0.1", "base", torch.bfloat16, tokenizer=tokenizer)
@@ -395,6 +396,6 @@ def test_the_whole_7b_goes_through_parallelisation_on_the_meta_device():
 
 
 def test_bench_prints_the_plan(call):
-    import bench
+    from tools import bench
     status, stdout, _ = call(bench, "--plan", "--gpus=1,8", *SMALL)
     assert status == 0 and stdout.count("| fsdp |") == 1 and stdout.count("| none |") == 1

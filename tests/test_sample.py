@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import sample
-import show
+from tools import show
 import tokenizer as tokenizers
 import weights
-from generate import Gate, Generator, choose_visible, row_streams
+from inference import Gate, Generator, choose_visible, row_streams
 from model import CausalContext, NextToken
 from toys import texts, tiny_quiet
-from trace import Line, generated, given
+from tools.trace import Line, generated, given
 
 PROMPT = "ball c : ab cd ce ad now"
 BYTES = tokenizers.Tokenizer([b"a", b"b", b"ab", b"ba", b"\n", "é".encode()[:1], "é".encode()[1:],
@@ -45,7 +45,7 @@ def grow(quiet, ids_BL, length_B, n: int = 6, **options):
 
 def test_compiled_passes_emit_the_same_and_are_compiled_whole_and_only_twice(monkeypatch):
     """A pass of two tokens, one of one; on a GPU each becomes a CUDA graph."""
-    monkeypatch.setattr("generate.COMPILED", dict(backend="aot_eager", fullgraph=True,
+    monkeypatch.setattr("inference.COMPILED", dict(backend="aot_eager", fullgraph=True,
                                                   dynamic=False))
     quiet, ids_BL = tiny_quiet(model=dict(n_layers=1)), texts(2, 6)
     torch._dynamo.reset()

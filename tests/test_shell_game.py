@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-import shell_game
+from tasks import shell_game
 from data import Crops, TokenFile
 from tokenizer import load
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import tasks
+from tasks import qa as tasks
 import tokenizer as tokenizers
 from questions import commonsense_qa, files, gsm8k, write
 from tokenizer import Tokenizer

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from generate import Generator
-from head import choose_tokens
+from inference import Generator
+from lm_head import choose_tokens
 from model import CausalContext
 from thoughts import count_terms, every_position, mix, true_tokens
 from toys import assert_one_phase_loses_no_more, texts, tiny_quiet, uniforms

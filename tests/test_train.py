@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-import files
-import shell_game
+from formats import tensors as files
+from tasks import shell_game
 import train
 import weights
 

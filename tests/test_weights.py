@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import files
-import formats
-import parallel
+from formats import tensors as files
+from formats import huggingface as formats
+import distributed as parallel
 import weights
 from model import CausalContext, KVCache, Mistral, ModelConfig, rope, rotate
 from thoughts import QuietSTaR, ThoughtConfig

@@ -26,10 +26,10 @@ from pathlib import Path
 
 import config
 import data
-import parallel
+import distributed as parallel
 import tokenizer as tokenizers
 import weights
-from evidence import Progress
+from tasks.bootstrap import Progress
 from predict import complete, predictions, thinks
 
 try:

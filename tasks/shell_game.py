@@ -23,7 +23,7 @@ import torch
 
 import config
 from data import prepare
-from files import published
+from formats.tensors import published
 from tokenizer import load
 
 CUPS = "abcde"

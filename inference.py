@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from files import read_json
-from head import choose_tokens
+from formats.tensors import read_json
+from lm_head import choose_tokens
 from model import CausalContext, KVCache
 from thoughts import QuietSTaR, mix, visible_logits
 

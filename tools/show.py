@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
-from trace import Line, Token
+from tools.trace import Line, Token
 
 MATTERS = 0.1                             # nats of gain or loss; less is dimmed
 NOTE = "a thought is what raised the likelihood of the text, not a record of why"

@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import config
-import parallel
+import distributed as parallel
 from attention import PackedContext
-from head import ROWS
+from lm_head import ROWS
 from model import Block, Mistral, ModelConfig, rope
 from thoughts import QuietSTaR, ThoughtConfig
 

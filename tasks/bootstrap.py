@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import parallel
+import distributed as parallel
 import weights
-from files import read_json
+from formats.tensors import read_json
 
 N_BOOTSTRAP = 1000
 TEMPERATURES = 2.0 ** (np.arange(-12, 9) / 4)      # 1/8 to 4, and 1 among them

@@ -22,12 +22,12 @@ import torch
 
 import config
 import data
-import figures
+from tools import figures
 import tokenizer as tokenizers
 import weights
 from eval import Scores, held_out_texts
-from generate import Gate
-from head import rows_at_a_time
+from inference import Gate
+from lm_head import rows_at_a_time
 from thoughts import QuietSTaR, visible_logits
 
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)   # of the positions, in the table

@@ -28,11 +28,11 @@ from pathlib import Path
 
 import numpy as np
 
-import tasks
+from tasks import qa as tasks
 import weights
-from evidence import PLAIN, TEMPERATURES, Ledger, Progress, sharpened
+from tasks.bootstrap import PLAIN, TEMPERATURES, Ledger, Progress, sharpened
 from predict import complete, predictions, thinks
-from tasks import MARKER, Question
+from tasks.qa import MARKER, Question
 
 STEPS = MARKER + " Let's think step by step."
 THEREFORE = {"gsm8k": "\nTherefore, the answer (arabic numerals) is",         # the released code's

@@ -24,10 +24,10 @@ import torch
 
 import config
 from model import Mistral, ModelConfig, NextToken
-from generate import Generator
+from inference import Generator
 from thoughts import QuietSTaR, ThoughtConfig, every_position
 
-sys.path.append(str(Path(__file__).with_name("tests")))
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from naive import naive_objective, naive_step  # noqa: E402
 
 SHAPES = {                            # what differs from Mistral-7B and the paper
@@ -161,7 +161,7 @@ def collect(cfg: BenchConfig, variants: dict[str, str]) -> dict[str, dict[str, f
     """Each variant (name: options) in fresh processes, in turn; the best time, the worst peak."""
     found = {name: [] for name in variants}
     for name, options in list(variants.items()) * cfg.rounds:
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], *options.split()],
+        done = subprocess.run([sys.executable, "-m", "tools.bench", *sys.argv[1:], *options.split()],
                               capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"'{name}' ended with {done.returncode}: {done.stderr.strip()[-300:]}")
@@ -206,7 +206,7 @@ def generate_table(cfg: BenchConfig, c: ThoughtConfig):
 
 def main():
     if "--plan" in config.given():
-        import plan
+        from tools import memory as plan
         return plan.main()
     kinds = BenchConfig, ModelConfig, ThoughtConfig
     cfg, m, c = config.parse(*kinds, defaults=SHAPES[config.parse(*kinds)[0].shape])

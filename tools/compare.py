@@ -20,7 +20,7 @@ import numpy as np
 
 import config
 from eval import BINNED
-from figures import BASE, MIXED, MUTED, canvas, runs
+from tools.figures import BASE, MIXED, MUTED, canvas, runs
 
 CONTROLS = (                              # what is said, whose runs, which of their predictions
     ("base", "base", "base"),

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from trace import Token
+from tools.trace import Token
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f23; --faint: #667079; --paper: #fff;

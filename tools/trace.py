@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from generate import Emitted, Gate, Generator
-from head import rows_at_a_time
+from inference import Emitted, Gate, Generator
+from lm_head import rows_at_a_time
 from model import CausalContext
 from thoughts import QuietSTaR, visible_logits
 
