@@ -2,16 +2,16 @@
 
 One predicate, `may_attend`, is the rule: of the code, the README's figure, the tests' dense mask.
 `PackedContext` applies it to everything at once, `GrowingContext` a pass at a time.
-A hanging token sees two small groups of keys, the text up to its position and its own thought; so
+A branch token sees two small groups of keys, the text up to its position and its own thought; so
 there never is a [text + thoughts]^2 mask, but one softmax in two parts:
 
   thought_attention   explicit scores, any positions, any window: the reference
-  FoldedAttention     at a position all thoughts and their tokens see the same text, so they are
+  TwoPartAttention     at a position all thoughts and their tokens see the same text, so they are
                       folded into its query heads: the text part is ONE causal grouped-query
                       attention, in a fused kernel that copies no key. The small own part is
                       merged exactly by the log-sum-exps, forward and backward
 
-Shapes: those of model.py and thoughts.py, and m of M hanging tokens are new in a pass.
+Shapes: those of model.py and thoughts.py, and m of M branch tokens are new in a pass.
 
 Read next: thoughts.py
 """
@@ -26,7 +26,7 @@ flash = torch.ops.aten
 
 def may_attend(query, key, same_thought, window: int | None = None):
     """The one rule. `query` and `key` are (text position, step): step 0 is the text itself, step
-    s >= 1 the s-th token hanging off that position, at rotary position `position + s`.
+    s >= 1 the s-th token branch off that position, at rotary position `position + s`.
 
     A token sees the text up to its own position, and its own thought up to itself; in a window, as
     a plain causal pass over text + thought would count it.
@@ -38,7 +38,7 @@ def may_attend(query, key, same_thought, window: int | None = None):
 
 
 def thought_attention(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, position_BP, window):
-    """[B, N, P, m, H, E]: the last m of M hanging tokens attend, one softmax over L + M scores."""
+    """[B, N, P, m, H, E]: the last m of M branch tokens attend, one softmax over L + M scores."""
     m, M = q_BNPmHE.shape[3], k_BNPMKE.shape[3]
     step_M = torch.arange(1, M + 1, device=q_BNPmHE.device)
     step_m1, position_BP11 = step_M[M - m:, None], position_BP[:, :, None, None]
@@ -78,7 +78,7 @@ def causal_flash_backward(d_out, q, k, v, out, lse, rest):
         d_out, q, k, v, out, lse, 0.0, True)
 
 
-class FoldedAttention(torch.autograd.Function):
+class TwoPartAttention(torch.autograd.Function):
     """`thought_attention` where the positions, and the text's, are 0 .. P-1 and no window binds.
 
     `own`: keys and values, [B, N, P, new, K, E], of each pass of the thoughts so far, in turn. Kept
@@ -90,8 +90,8 @@ class FoldedAttention(torch.autograd.Function):
         m, M, K = q_BNPmHE.shape[3], *k_BNPMKE.shape[3:5]
         q_BNPmKGE = q_BNPmHE.unflatten(4, (K, -1))
         text_BhPE, text_lse, rest = causal_flash(
-            fold(q_BNPmKGE), k_text_BPKE.transpose(1, 2), v_text_BPKE.transpose(1, 2))
-        text_lse_BNPmKG1 = unfold(text_lse[..., None], q_BNPmKGE.shape)
+            thoughts_to_heads(q_BNPmKGE), k_text_BPKE.transpose(1, 2), v_text_BPKE.transpose(1, 2))
+        text_lse_BNPmKG1 = heads_to_thoughts(text_lse[..., None], q_BNPmKGE.shape)
         score = torch.einsum("bnpmkge,bnpjke->bnpmkgj", q_BNPmKGE, k_BNPMKE)
         later_mM = torch.ones(m, M, dtype=torch.bool, device=score.device).triu(M - m + 1)
         score = (score / math.sqrt(q_BNPmHE.shape[-1])).to(text_lse.dtype)
@@ -99,7 +99,7 @@ class FoldedAttention(torch.autograd.Function):
         lse_BNPmKG1 = torch.logaddexp(text_lse_BNPmKG1, score.logsumexp(-1, keepdim=True))
         own_BNPmKGM = (score - lse_BNPmKG1).exp_().to(q_BNPmHE.dtype)
         share_BNPmKG1 = (text_lse_BNPmKG1 - lse_BNPmKG1).exp_().to(q_BNPmHE.dtype)
-        out_BNPmKGE = (unfold(text_BhPE, q_BNPmKGE.shape) * share_BNPmKG1
+        out_BNPmKGE = (heads_to_thoughts(text_BhPE, q_BNPmKGE.shape) * share_BNPmKG1
                        + torch.einsum("bnpmkgj,bnpjke->bnpmkge", own_BNPmKGM, v_BNPMKE))
         ctx.save_for_backward(q_BNPmKGE, k_text_BPKE, v_text_BPKE, out_BNPmKGE, lse_BNPmKG1,
                               own_BNPmKGM, *own)
@@ -112,11 +112,11 @@ class FoldedAttention(torch.autograd.Function):
         k, v = join(own)
         d_out = d_out_BNPmHE.unflatten(4, q.shape[4:6])
         d_q_BhPE, d_k_text, d_v_text = causal_flash_backward(
-            fold(d_out), fold(q), k_text_BPKE.transpose(1, 2), v_text_BPKE.transpose(1, 2),
-            fold(out), fold(lse).squeeze(-1), ctx.rest)
+            thoughts_to_heads(d_out), thoughts_to_heads(q), k_text_BPKE.transpose(1, 2), v_text_BPKE.transpose(1, 2),
+            thoughts_to_heads(out), thoughts_to_heads(lse).squeeze(-1), ctx.rest)
         d_weight = torch.einsum("bnpmkge,bnpjke->bnpmkgj", d_out, v)
         d_score = weight * (d_weight - (d_out * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
-        d_q = unfold(d_q_BhPE, q.shape) + torch.einsum("bnpmkgj,bnpjke->bnpmkge", d_score, k)
+        d_q = heads_to_thoughts(d_q_BhPE, q.shape) + torch.einsum("bnpmkgj,bnpjke->bnpmkge", d_score, k)
         d_k, d_v = (torch.einsum("bnpmkgj,bnpmkge->bnpjke", *pair)
                     for pair in ((d_score, q), (weight, d_out)))
         new = [k.shape[3] for k in own[::2]]
@@ -129,18 +129,18 @@ def join(own):
     return torch.cat(own[::2], dim=3), torch.cat(own[1::2], dim=3)
 
 
-def fold(x_BNPmKGE):
-    """[B, h, P, E], h = (K, G, N, m): a position's hanging tokens become its query heads."""
+def thoughts_to_heads(x_BNPmKGE):
+    """[B, h, P, E], h = (K, G, N, m): a position's branch tokens become its query heads."""
     return x_BNPmKGE.permute(0, 4, 5, 1, 3, 2, 6).flatten(1, 4)
 
 
-def unfold(x_BhPE, shape):
-    """The inverse of `fold`."""
+def heads_to_thoughts(x_BhPE, shape):
+    """The inverse of `thoughts_to_heads`."""
     B, N, P, m, K, G, _ = shape
     return x_BhPE.reshape(B, K, G, N, m, P, -1).permute(0, 3, 5, 4, 1, 2, 6)
 
 
-def attend_hanging(q, own, k_text, v_text, position_BP, window, every: bool):
+def attend_branch(q, own, k_text, v_text, position_BP, window, every: bool):
     """Folds where it can: `every` says that the positions are 0 .. P-1, and no window may bind."""
     binds = window is not None and window < k_text.shape[1] + sum(k.shape[3] for k in own[::2])
     if not every or binds or (q.is_cuda and q.dtype == torch.float32):        # no such kernel there
@@ -148,25 +148,25 @@ def attend_hanging(q, own, k_text, v_text, position_BP, window, every: bool):
     exact = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
     seen = (t[:, :q.shape[2]] for t in (k_text, v_text))          # in bf16 the CPU's backward is 8
     tensors = (t.to(exact) for t in (q, *seen, *own))             # times slower, and less accurate
-    return FoldedAttention.apply(*tensors).to(q.dtype)
+    return TwoPartAttention.apply(*tensors).to(q.dtype)
 
 
 class PackedContext:
     """One pass over the text (L tokens) followed by all that hangs off it (N * P * M tokens)."""
-    def __init__(self, text_len: int, position_BP, n_thoughts: int, n_hanging: int, every: bool):
+    def __init__(self, text_len: int, position_BP, n_thoughts: int, branch_len: int, every: bool):
         self.text_len, self.think_position_BP, self.every = text_len, position_BP, every
-        self.shape = (n_thoughts, position_BP.shape[1], n_hanging)
-        step_M = torch.arange(1, n_hanging + 1, device=position_BP.device)
-        hanging_BNPM = (position_BP[:, None, :, None] + step_M).expand(-1, *self.shape)
+        self.shape = (n_thoughts, position_BP.shape[1], branch_len)
+        step_M = torch.arange(1, branch_len + 1, device=position_BP.device)
+        branch_BNPM = (position_BP[:, None, :, None] + step_M).expand(-1, *self.shape)
         text_BL = torch.arange(text_len, device=position_BP.device).expand(len(position_BP), -1)
         self.text = CausalContext(text_BL)
-        self.position_BS = torch.cat((text_BL, hanging_BNPM.flatten(1)), dim=1)
+        self.position_BS = torch.cat((text_BL, branch_BNPM.flatten(1)), dim=1)
 
     def attend(self, q_BSHE, k_BSKE, v_BSKE, layer: int, window: int | None):
         text = [t[:, :self.text_len] for t in (q_BSHE, k_BSKE, v_BSKE)]
         q, *own = (t[:, self.text_len:].unflatten(1, self.shape) for t in (q_BSHE, k_BSKE, v_BSKE))
         text_BLHE = self.text.attend(*text, layer, window)
-        out_BNPMHE = attend_hanging(q, own, *text[1:], self.think_position_BP, window, self.every)
+        out_BNPMHE = attend_branch(q, own, *text[1:], self.think_position_BP, window, self.every)
         return torch.cat((text_BLHE, out_BNPMHE.flatten(1, 3)), dim=1)
 
 
@@ -196,5 +196,5 @@ class GrowingContext:
         q, *fresh = (t.unflatten(1, self.shape) for t in (q_BSHE, k_BSKE, v_BSKE))
         self.own[layer] = self.own.get(layer, []) + fresh
         own = [t.expand(-1, self.shape[0], -1, -1, -1, -1) for t in self.own[layer]]
-        return attend_hanging(q, own, *self.text[layer], self.think_position_BP, window,
+        return attend_branch(q, own, *self.text[layer], self.think_position_BP, window,
                               self.every).flatten(1, 3)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 import distributed as parallel
 import weights
-from formats.tensors import checkpoints, put_in_place, stored_tensors, write_atomically
+from formats.tensors import checkpoints, rename_folder, stored_tensors, atomic_write
 from model import NextToken
 
 MOMENTS = "exp_avg", "exp_avg_sq"        # AdamW's, of the gradient and of its square
@@ -53,9 +53,9 @@ def save(out: Path, step: int, objective, optimizer, settings: dict, tokenizer,
             if place.writes:
                 shares = sorted(path.name for path in (draft / "optimizer").iterdir())
                 text = json.dumps({"step": step, "settings": settings, "shares": shares})
-                write_atomically(draft / "state.json", lambda path: path.write_text(text))
-                put_in_place(draft, folder)
-                write_atomically(out / "latest", lambda path: path.write_text(folder.name))
+                atomic_write(draft / "state.json", lambda path: path.write_text(text))
+                rename_folder(draft, folder)
+                atomic_write(out / "latest", lambda path: path.write_text(folder.name))
     except BaseException:
         if place.writes:
             shutil.rmtree(draft, ignore_errors=True)

@@ -128,13 +128,13 @@ class TokenFile:
         return ids
 
 
-class Crops:
+class Batches:
     """Random crops of `length` tokens. Stateless: row r of step s depends on (seed, s, r) alone.
 
     So any number of ranks or micro-batches, each asking for its own rows, sees the same data, and
     resuming needs nothing but the step. Two manners:
       document  a random document; a random window of it if it is longer, else right-padded (with
-                eos or 0, `valid` False): the released code's, which draws each window only once
+                eos or 0, `valid` False): the official code's, which draws each window only once
       stream    a random window of all the documents end to end: nanoGPT's
     """
     PURPOSE = 1                       # keeps these draws apart from others of the same seed

@@ -156,8 +156,8 @@ def rows_of(place: Place, n_rows: int, n_micro_batches: int) -> list[range]:
     """This rank's rows of a step's `n_rows`, cut into micro-batches."""
     size, rest = divmod(n_rows, place.world * n_micro_batches)
     if rest:
-        raise ValueError(f"batch={n_rows} does not divide into {place.world} ranks x "
-                         f"accumulate={n_micro_batches}")
+        raise ValueError(f"--batch_size={n_rows} does not divide into {place.world} ranks x "
+                         f"--grad_accum={n_micro_batches}")
     first = place.rank * n_micro_batches
     return [range(size * i, size * (i + 1)) for i in range(first, first + n_micro_batches)]
 

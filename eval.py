@@ -9,7 +9,7 @@
 Every scored token is predicted twice by the same model: by the base state, and by that state mixed
 with the one after a single greedy thought at that position; only scored positions think. They are
 the next tokens of a token file (on the shell game the hidden answers, among the five cups), or the
-answers of a task (tasks.py, ask.py). The controls stand on the same footing: the base sharpened by
+answers of a task (tasks.py, ask.py). The controls stand on the same footing: the base temperature_scaled by
 a temperature is in every table; swapped thoughts are --thoughts=swapped; further training without
 thoughts and filler tokens are other checkpoints, and --against compares any two results pair by
 pair (evidence.py).
@@ -33,9 +33,9 @@ from tasks import shell_game
 from tasks import qa as tasks
 import tokenizer as tokenizers
 import weights
-from tasks.bootstrap import TEMPERATURES, Progress, cell, compare, interval, sharpened, summary, table
+from tasks.bootstrap import TEMPERATURES, Progress, cell, compare, interval, temperature_scaled, summary, table
 from predict import pack_positions, states, thinks
-from thoughts import QuietSTaR, visible_logits
+from thoughts import QuietSTaR, logits_without_markers
 
 BINNED = dict(difficulty="nll_base", by_entropy="entropy_base", by_weight="mixing_weight")
 N_BINS = 10                               # equally many tokens in each
@@ -70,7 +70,7 @@ class Scores:
 
     def units(self) -> dict[str, np.ndarray]:
         """Each text's sums, under the names of the tables, and how many tokens were added up."""
-        nll_sharp, self.temperatures = sharpened(self.nll_at, self.text, least=True)
+        nll_sharp, self.temperatures = temperature_scaled(self.nll_at, self.text, least=True)
         values = {name: getattr(self, name) for name in
                   ("nll_base", "nll_mixed", "right_base", "right_mixed", "mixing_weight")}
         values |= dict(nll_sharp=nll_sharp, count=np.ones(len(self.text)))
@@ -84,7 +84,7 @@ def grade(objective, hidden_RD, target_R, choices, temperatures=()):
     entropy of what was predicted, and -log p at each temperature, [R, K]."""
     found = []
     for hidden_rD, target_r in zip(hidden_RD.split(1024), target_R.split(1024)):
-        logits_rV = visible_logits(objective, hidden_rD)
+        logits_rV = logits_without_markers(objective, hidden_rD)
         at_r1 = logits_rV.gather(1, target_r[:, None])
         logp_rV = logits_rV.log_softmax(-1)
         best_r = (logits_rV.argmax(-1) if choices is None else
@@ -193,17 +193,17 @@ class EvalConfig:
     data: str = ""                        # folder that data.py wrote: score the next tokens of it
     split: str = "val"                    # train | val
     texts: int = 200                      # documents
-    length: int = 256                     # tokens of each at most
+    seq_len: int = 256                     # tokens of each at most
     task: str = ""                        # gsm8k | commonsense_qa: ask the questions of --file
     file: str = ""                        # .jsonl, .jsonl.gz or .parquet, as published
-    limit: int = 0                        # questions, drawn as the released code draws its 128
+    limit: int = 0                        # questions, drawn as the official code draws its 128
     votes: int = 0                        # chains of thought for each question; 0 asks directly
-    temperature: float = 0.9              # of the visible tokens of a vote; the released code's
-    max_new: int = 384                    # tokens of a chain of thought; the released code's
+    temperature: float = 0.9              # of the visible tokens of a vote; the official code's
+    max_new_tokens: int = 384                    # tokens of a chain of thought; the official code's
     seed: int = 0                         # of the votes
     thoughts: str = "own"                 # own | swapped | none
     thought_len: tuple[int, ...] = ()     # instead of the trained one; several: a sweep over --data
-    batch: int = 16                       # texts at once
+    batch_size: int = 16                       # texts at once
     against: str = ""                     # json of another run on the same: paired differences
     out: str = ""                         # json to write; default for a task: CHECKPOINT/TASK.json
     device: str = "auto"                  # auto | cpu | cuda
@@ -224,8 +224,8 @@ class EvalConfig:
         if self.task and len(self.thought_len) > 1:
             raise ValueError(f"--thought_len={self.thought_len} sweeps over --data; a task takes "
                              "one length")
-        config.at_least(self, texts=1, length=2, limit=0, votes=0, temperature=0, max_new=1, seed=0,
-                        batch=1)
+        config.at_least(self, texts=1, seq_len=2, limit=0, votes=0, temperature=0, max_new_tokens=1, seed=0,
+                        batch_size=1)
 
     @property
     def name(self) -> str:
@@ -240,19 +240,19 @@ def score_data(objective, tokenizer, cfg: EvalConfig, place) -> dict:
     token_file = data.TokenFile(cfg.data, cfg.split)
 
     def measure() -> Scores:
-        return score_texts(objective, token_file, tokenizer, cfg.texts, cfg.length, cfg.thoughts,
-                           cfg.batch, place, temperatures=TEMPERATURES)
+        return score_texts(objective, token_file, tokenizer, cfg.texts, cfg.seq_len, cfg.thoughts,
+                           cfg.batch_size, place, temperatures=TEMPERATURES)
     scores = measure()
     units = scores.units()
     of = dict(sources=token_file.meta["sources"], tokenizer=tokenizer.sha256, split=cfg.split,
-              texts=cfg.texts, length=cfg.length)
+              texts=cfg.texts, length=cfg.seq_len)
     result = dict(of=of, tokens=len(scores.text), thoughts=cfg.thoughts, units=units,
                   thought_len=scores.thought.shape[1], temperatures=dict(nll=scores.temperatures),
                   **{name: bins(scores, by) for name, by in BINNED.items()})
     if shell_game.plays(tokenizer) and scores.thought.shape[1]:
-        right = [shell_game.working_is_right(token_file.document(i), thought, tokenizer)
+        right = [shell_game.reasoning_is_right(token_file.document(i), thought, tokenizer)
                  for i, thought in zip(scores.text, scores.thought)]
-        units["working_is_right"] = np.bincount(scores.text, right)[np.bincount(scores.text) > 0]
+        units["reasoning_is_right"] = np.bincount(scores.text, right)[np.bincount(scores.text) > 0]
     for length in cfg.thought_len if len(cfg.thought_len) > 1 else ():
         objective.config = replace(objective.config, thought_len=length)
         swept = summary(measure().units())
@@ -267,7 +267,7 @@ def show(result: dict, means: dict, cfg: EvalConfig):
           f"{cfg.thoughts}; 95 % intervals over {what}")
     print(table(means))
     for measure, (first, second) in result["temperatures"].items():
-        print(f"{measure} is sharpened at temperature {first:.2f} and {second:.2f}, each fitted on "
+        print(f"{measure} is temperature_scaled at temperature {first:.2f} and {second:.2f}, each fitted on "
               "the other half")
     changed = means.get("nll_mixed-nll_base", dict(mean=0.0))["mean"] != 0
     for name in [name for name in BINNED if name in result and changed]:
@@ -308,7 +308,7 @@ def main():
         result |= dict(differences=compare(result, cfg.against)) if cfg.against else {}
     finally:                                  # what was measured stays, whatever it is compared to
         if place.writes and out:
-            weights.write_atomically(out, lambda path: path.write_text(json.dumps(result | means)))
+            weights.atomic_write(out, lambda path: path.write_text(json.dumps(result | means)))
     if place.writes:
         show(result, means, cfg)
     if place.writes and out:

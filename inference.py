@@ -20,16 +20,16 @@ import numpy as np
 import torch
 
 from formats.tensors import read_json
-from lm_head import choose_tokens
+from lm_head import sample_tokens
 from model import CausalContext, KVCache
-from thoughts import QuietSTaR, mix, visible_logits
+from thoughts import QuietSTaR, mix, logits_without_markers
 
-VISIBLE_DRAWS = 4                         # purpose of random numbers; train.py has 1 to 3
+RNG_SAMPLING = 4                         # purpose of random numbers; train.py has 1 to 3
 COMPILED = dict(mode="reduce-overhead", fullgraph=True, dynamic=False)     # that is, CUDA graphs
 
 
 @dataclass
-class Emitted:
+class StepOutput:
     """One visible token of each of the B texts, and what was thought before it (ids)."""
     token_B: torch.Tensor
     mixing_weight_B: torch.Tensor         # 0 base only, 1 thought only
@@ -83,10 +83,10 @@ def read_gate(said: str, quiet: QuietSTaR) -> Gate:
 
 def row_streams(seed: int, rows) -> list[np.random.Generator]:
     """Each row's own random numbers: the same alone, or in any batch."""
-    return [np.random.default_rng([seed, VISIBLE_DRAWS, row]) for row in rows]
+    return [np.random.default_rng([seed, RNG_SAMPLING, row]) for row in rows]
 
 
-def choose_visible(logits_BV, uniform_B, temperature: float, top_k: int = 0, top_p: float = 1.0):
+def sample_next(logits_BV, uniform_B, temperature: float, top_k: int = 0, top_p: float = 1.0):
     """One token a row: the likeliest at temperature 0, else what `uniform_B` in [0, 1) picks from
     the likeliest that hold `top_p` of the probability, at most `top_k` of them (0: any)."""
     if temperature == 0:
@@ -106,7 +106,7 @@ class Generator:
     """B texts that grow by a token a call. `model` is a QuietSTaR, or a Mistral that cannot think.
 
     ids_BL is right-padded, length_B says how much of each row is text (at least one token); up to
-    `max_new` tokens can follow. Thoughts are greedy; visible tokens are chosen as `choose_visible`
+    `max_new` tokens can follow. Thoughts are greedy; visible tokens are chosen as `sample_next`
     says. The numbers that draw them come from `generator`, or from `streams`, one for each row:
     then no text depends on its neighbours. Without a `gate` every token is thought about; without
     `think` none is. `compiled`: torch.compile and CUDA graphs, for many tokens on a GPU.
@@ -125,7 +125,7 @@ class Generator:
         if slots > self.mistral.config.max_seq_len:
             context = f"{self.mistral.config.max_seq_len} with {self.n_thought} kept for thoughts"
             raise ValueError(f"prompt is {ids_BL.shape[1]} tokens, {max_new} more are asked for, "
-                             f"context is {context}: shorten the prompt or lower --max_new")
+                             f"context is {context}: shorten the prompt or lower --max_new_tokens")
         weight, self.position_B1 = self.mistral.embed.weight, length_B[:, None] - 1
         if compiled:                          # few sizes: each is compiled anew
             slots = max(256, 1 << (slots - 1).bit_length())
@@ -147,7 +147,7 @@ class Generator:
         return hidden_BSD.clone() if self.compiled else hidden_BSD     # the next pass overwrites it
 
     @torch.no_grad()
-    def step(self) -> Emitted:
+    def step(self) -> StepOutput:
         thinks_B, base_BD, base_logits_BV, started_bD = self._begin()
         thought_len = self.quiet.config.thought_len if self.quiet else 0
         thought_BT = base_BD.new_full((len(base_BD), thought_len), -1, dtype=torch.long)
@@ -157,13 +157,13 @@ class Generator:
             base_bD = base_BD[thinks_B]
             weight_b1 = self.quiet.mixing_head(torch.cat((base_bD, after_bD), dim=-1))
             weight_B[thinks_B] = weight_b1[:, 0]
-            logits_BV[thinks_B] = visible_logits(self.model, mix(base_bD, after_bD, weight_b1))
-        token_B = choose_visible(logits_BV, self._uniform(len(logits_BV)), *self.choice)
+            logits_BV[thinks_B] = logits_without_markers(self.model, mix(base_bD, after_bD, weight_b1))
+        token_B = sample_next(logits_BV, self._uniform(len(logits_BV)), *self.choice)
         base_logp_BV, logp_BV = base_logits_BV.log_softmax(-1), logits_BV.log_softmax(-1)
         gain_BV = logp_BV - base_logp_BV
         self.last_B1, self.position_B1 = token_B[:, None], self.position_B1 + 1
         self.longest += 1
-        return Emitted(token_B, weight_B, gain_BV.gather(1, token_B[:, None])[:, 0], thought_BT,
+        return StepOutput(token_B, weight_B, gain_BV.gather(1, token_B[:, None])[:, 0], thought_BT,
                        thinks_B, base_logp_BV, logp_BV)
 
     def _begin(self):
@@ -175,9 +175,9 @@ class Generator:
             position_BS = torch.cat((self.position_B1, self.position_B1 + 1), dim=1)
             base_BD, started_BD = self._read(x_BSD, position_BS, self.cache).unbind(1)
             everyone_B = torch.ones(B, dtype=torch.bool, device=base_BD.device)
-            return everyone_B, base_BD, visible_logits(self.model, base_BD), started_BD
+            return everyone_B, base_BD, logits_without_markers(self.model, base_BD), started_BD
         base_BD = self._read(x_B1D, self.position_B1, self.cache)[:, 0]
-        logits_BV = visible_logits(self.model, base_BD)
+        logits_BV = logits_without_markers(self.model, base_BD)
         thinks_B = (self.gate.opens(base_BD, logits_BV) if self.quiet else
                     torch.zeros(B, dtype=torch.bool, device=base_BD.device))
         return thinks_B, base_BD, logits_BV, None
@@ -198,7 +198,7 @@ class Generator:
         if state_bD is None:
             state_bD = self._read(start_b1D, position_bS, cache)[:, -1]
         for t in range(T):
-            token_b, _ = choose_tokens(state_bD, self.mistral.head.weight, None,
+            token_b, _ = sample_tokens(state_bD, self.mistral.head.weight, None,
                                        quiet.config.marker_ids)
             thought.append(token_b)
             x_bSD = start_b1D if quiet.config.filler else self.mistral.embed(token_b[:, None])

@@ -1,7 +1,7 @@
 """The vocabulary head, asked for losses and for samples without ever holding all its logits.
 
 All thought tokens of a step times the vocabulary would be gigabytes; a visit takes as many rows as
-`rows_at_a_time` allows and keeps of their logits only what was asked for.
+`chunk_rows` allows and keeps of their logits only what was asked for.
 
 Left out on purpose: torch's own fused loss (2.13 has one, 2.11 has not; it knows no temperature and
 weighs no rows) and kernels of our own: at 7B the head is 1.5 % of a step.
@@ -16,19 +16,19 @@ import torch.nn.functional as F
 ROWS = 1024                           # whose logits exist at a time: 131 MB at V = 32000 in fp32
 
 
-def rows_at_a_time(head_VD) -> int:
+def chunk_rows(head_VD) -> int:
     """ROWS on a GPU, which wants large products; on a CPU no more than have 2 M logits, 8 MB."""
     return ROWS if head_VD.is_cuda else max(1, min(ROWS, (1 << 21) // len(head_VD)))
 
 
-class WeightedNLL(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):
     """sum_r weight[r] * -log softmax(head(hidden[r]) / temperature)[target[r]], a chunk at a time.
 
     The sum is linear in the rows, so its gradient is known as soon as their logits are: both are
     formed in one visit. Also returns the unweighted nll_R, without gradient.
     """
     @staticmethod
-    def forward(ctx, hidden_RD, head_VD, target_R, weight_R, temperature, excluded):
+    def forward(ctx, hidden_RD, head_VD, target_R, weight_R, temperature, masked_ids):
         wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         nll_R = torch.empty(len(hidden_RD), device=hidden_RD.device)
         if wants_gradient:
@@ -36,11 +36,11 @@ class WeightedNLL(torch.autograd.Function):
             d_hidden_RD = torch.empty_like(hidden_RD)
             d_head_VD = torch.zeros_like(head_VD, dtype=exact)
         own_dtype, head_VD = head_VD.dtype, head_VD.to(hidden_RD.dtype)
-        n_rows = rows_at_a_time(head_VD)
+        n_rows = chunk_rows(head_VD)
         for start in range(0, len(hidden_RD), n_rows):
             rows = slice(start, start + n_rows)
             logits_RV = F.linear(hidden_RD[rows], head_VD).float().div_(temperature)
-            logits_RV[:, excluded] = -torch.inf
+            logits_RV[:, masked_ids] = -torch.inf
             logp_RV = torch.log_softmax(logits_RV, dim=-1)
             nll_R[rows] = -logp_RV.gather(1, target_R[rows, None])[:, 0]
             if wants_gradient:                     # d nll / d logits = softmax - one_hot
@@ -61,16 +61,16 @@ class WeightedNLL(torch.autograd.Function):
         return d_hidden_RD * d_sum, d_head_VD * d_sum, None, None, None, None
 
 
-def weighted_nll(hidden_RD, head_VD, target_R, weight_R, temperature=1.0, excluded=()):
+def chunked_cross_entropy(hidden_RD, head_VD, target_R, weight_R, temperature=1.0, masked_ids=()):
     """Weighted sum of the rows' negative log-likelihoods (nats), and each row's own, no gradient.
 
-    `excluded`: vocabulary ids that take no part in the softmax.
+    `masked_ids`: vocabulary ids that take no part in the softmax.
     """
-    return WeightedNLL.apply(hidden_RD, head_VD, target_R, weight_R, temperature, list(excluded))
+    return ChunkedCrossEntropy.apply(hidden_RD, head_VD, target_R, weight_R, temperature, list(masked_ids))
 
 
 @torch.no_grad()
-def choose_tokens(hidden_RD, head_VD, uniform_R=None, excluded=()):
+def sample_tokens(hidden_RD, head_VD, uniform_R=None, masked_ids=()):
     """One token per row and its -log p (nats), sampled at temperature 1, or the argmax.
 
     `uniform_R` in [0, 1) decides: the token whose stretch of the cumulative distribution holds it.
@@ -78,12 +78,12 @@ def choose_tokens(hidden_RD, head_VD, uniform_R=None, excluded=()):
     None takes the argmax.
     """
     token_R = torch.empty(len(hidden_RD), dtype=torch.long, device=hidden_RD.device)
-    surprise_R = torch.empty(len(hidden_RD), device=hidden_RD.device)
-    n_rows = rows_at_a_time(head_VD)
+    thought_nll_R = torch.empty(len(hidden_RD), device=hidden_RD.device)
+    n_rows = chunk_rows(head_VD)
     for start in range(0, len(hidden_RD), n_rows):
         rows = slice(start, start + n_rows)
         logits_RV = F.linear(hidden_RD[rows], head_VD.to(hidden_RD.dtype)).float()
-        logits_RV[:, list(excluded)] = -torch.inf
+        logits_RV[:, list(masked_ids)] = -torch.inf
         p_RV = logits_RV.softmax(dim=-1)
         if uniform_R is None:
             token_R[rows] = p_RV.argmax(dim=-1)
@@ -94,5 +94,5 @@ def choose_tokens(hidden_RD, head_VD, uniform_R=None, excluded=()):
                                     torch.nextafter(total_R1, total_R1 * 0))    # total: p > 0 there
             found_R = torch.searchsorted(below_RV, mark_R1, right=True)[:, 0]
             token_R[rows] = found_R.clamp(max=p_RV.shape[1] - 1)       # nan: let the loss tell
-        surprise_R[rows] = -p_RV.gather(1, token_R[rows, None])[:, 0].log()
-    return token_R, surprise_R
+        thought_nll_R[rows] = -p_RV.gather(1, token_R[rows, None])[:, 0].log()
+    return token_R, thought_nll_R

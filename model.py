@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lm_head import weighted_nll
+from lm_head import chunked_cross_entropy
 
 PIECE = 2048                          # tokens of a text that a feed-forward layer takes at a time
 
@@ -257,7 +257,7 @@ class Mistral(nn.Module):
 
 
 @dataclass
-class NextTokenOutcome:
+class NextTokenLoss:
     loss: torch.Tensor                # carries the gradient
 
     def metrics(self) -> dict[str, torch.Tensor]:
@@ -280,6 +280,6 @@ class NextToken(nn.Module):
         scored_BL = valid_BL[:, 1:]
         target_R = ids_BL[:, 1:][scored_BL]
         weight_R = (1 / terms[0].clamp(min=1)).float().expand_as(target_R)
-        loss, _ = weighted_nll(hidden_BLD[:, :-1][scored_BL], self.model.head.weight,
+        loss, _ = chunked_cross_entropy(hidden_BLD[:, :-1][scored_BL], self.model.head.weight,
                                target_R, weight_R)
-        return NextTokenOutcome(loss)
+        return NextTokenLoss(loss)

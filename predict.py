@@ -17,7 +17,7 @@ import torch
 
 from inference import Generator
 from model import CausalContext
-from thoughts import QuietSTaR, base_at, visible_logits
+from thoughts import QuietSTaR, gather_ahead, logits_without_markers
 
 
 def thinks(objective, thoughts: str = "own") -> bool:
@@ -43,7 +43,7 @@ def states(objective, ids_BL, position_BP, real_BP, thoughts: str = "own"):
     if not thinks(objective, thoughts):
         every_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
         hidden_BLD = objective.model(ids_BL, CausalContext(every_BL))
-        base_RD = base_at(hidden_BLD, position_BP, 1)[:, :, 0][real_BP]
+        base_RD = gather_ahead(hidden_BLD, position_BP, 1)[:, :, 0][real_BP]
         return base_RD, base_RD, base_RD[:, 0] * 0, base_RD[:, :0].long()
     base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = objective.predict(ids_BL, position_BP)
     if thoughts == "swapped":
@@ -74,9 +74,9 @@ def predictions(objective, texts: list[tuple[list[int], int]], thoughts: str = "
     sizes = real_BP.sum(1).tolist()
     parts = [t.split(sizes) for t in (base_RD, mixed_RD, weight_R)]
     for base_SD, mixed_SD, weight_S in zip(*parts):
-        base_SV = mixed_SV = visible_logits(objective, base_SD)
+        base_SV = mixed_SV = logits_without_markers(objective, base_SD)
         if mixed_RD is not base_RD:
-            mixed_SV = visible_logits(objective, mixed_SD)
+            mixed_SV = logits_without_markers(objective, mixed_SD)
         yield base_SV, mixed_SV, weight_S
 
 

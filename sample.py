@@ -37,7 +37,7 @@ class SampleConfig:
     prompt: str = ""                  # text to continue; default: standard input
     prompt_file: str = ""             # the same from a file
     text_file: str = ""               # a text to read instead, under teacher forcing
-    max_new: int = 40                 # visible tokens
+    max_new_tokens: int = 40                 # visible tokens
     temperature: float = 0.0          # of the visible tokens; 0 takes the most likely
     top_k: int = 0                    # only so many of the likeliest tokens; 0 considers all
     top_p: float = 1.0                # only the likeliest tokens that hold this probability
@@ -60,7 +60,7 @@ class SampleConfig:
             raise ValueError(f"--think={self.think} is not one of always, never, gate")
         if (self.think == "gate") != bool(self.gate):
             raise ValueError("--think=gate and --gate=NATS (or FILE) need each other")
-        config.at_least(self, max_new=1, samples=1, temperature=0, top_k=0, seed=0)
+        config.at_least(self, max_new_tokens=1, samples=1, temperature=0, top_k=0, seed=0)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p={self.top_p} is not above 0 and at most 1")
         if self.samples > 1 and self.temperature == 0:
@@ -89,13 +89,13 @@ def generate(cfg: SampleConfig, objective, tokenizer, gate: Gate | None,
     model = objective if isinstance(objective, QuietSTaR) else objective.model
     ids_BL = torch.tensor([ids] * cfg.samples, device=objective.model.embed.weight.device)
     length_B = torch.full_like(ids_BL[:, 0], len(ids))
-    texts = Generator(model, ids_BL, length_B, cfg.max_new, cfg.temperature, cfg.top_k,
+    texts = Generator(model, ids_BL, length_B, cfg.max_new_tokens, cfg.temperature, cfg.top_k,
                       think=cfg.think != "never", top_p=cfg.top_p, gate=gate,
                       streams=row_streams(cfg.seed, range(cfg.samples)), compiled=cfg.compile)
     stop = cfg.stop.replace("\\n", "\n")
     lines = [Line(tokenizer, ids, sample, stop) for sample in range(cfg.samples)]
     view = View(sys.stdout, cfg.show_thoughts, cfg.json, cfg.threshold)
-    return show(generated(texts, tokenizer, lines, cfg.max_new), lines, view)
+    return show(generated(texts, tokenizer, lines, cfg.max_new_tokens), lines, view)
 
 
 def read(cfg: SampleConfig, objective, tokenizer, gate: Gate | None,
@@ -150,7 +150,7 @@ def main():
             texts = (read if cfg.text_file else generate)(cfg, objective, tokenizer, gate, prompt)
             if cfg.html:
                 content = page.page(texts, Path(cfg.checkpoint).name)
-                weights.write_atomically(cfg.html, lambda path: path.write_text(content, "utf-8"))
+                weights.atomic_write(cfg.html, lambda path: path.write_text(content, "utf-8"))
         except KeyboardInterrupt:                                 # enough of this text
             print()
         except ValueError as error:

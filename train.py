@@ -34,9 +34,9 @@ import tokenizer as tokenizers
 import weights
 from formats.tensors import fingerprint
 from model import Mistral, ModelConfig, NextToken
-from thoughts import QuietSTaR, ThoughtConfig, count_terms
+from thoughts import QuietSTaR, ThoughtConfig, denominators
 
-THOUGHT_DRAWS, INITIAL_WEIGHTS = 2, 3     # purposes of random numbers; data.Crops.PURPOSE is 1
+RNG_THOUGHTS, RNG_WEIGHTS = 2, 3     # purposes of random numbers; data.Batches.PURPOSE is 1
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class TrainConfig:
     init_from: str = "scratch"        # scratch | resume | a folder with a checkpoint
     objective: str = "quiet"          # quiet | plain
     steps: int = 100                  # optimizer steps in all; the paper's
-    batch: int = 8                    # texts per step, all ranks and micro-batches; the paper's
-    accumulate: int = 1               # micro-batches per step and rank
-    length: int = 256                 # tokens per text; the paper's
-    crops: str = "document"           # document (one window of one document, as released) | stream
+    batch_size: int = 8                    # texts per step, all ranks and micro-batches; the paper's
+    grad_accum: int = 1               # micro-batches per step and rank
+    seq_len: int = 256                 # tokens per text; the paper's
+    crops: str = "document"           # document (one window of one document, as official) | stream
     lr: float = 1e-6                  # peak; the paper's
-    lr_end: float | None = None       # cosine down to this at the last step; default: stay at lr
-    warmup: int = 20                  # steps; the released code's
-    marker_lr: float = 100.0          # times lr; the released code stores markers / 100
+    min_lr: float | None = None       # cosine down to this at the last step; default: stay at lr
+    warmup: int = 20                  # steps; the official code's
+    marker_lr: float = 100.0          # times lr; the official code stores markers / 100
     mixing_lr: float = 1.0            # times lr
-    weight_decay: float = 0.001       # of matrices; the released code's
+    weight_decay: float = 0.001       # of matrices; the official code's
     beta2: float = 0.999              # of AdamW
-    clip: float = 1.0                 # of the gradient's norm
+    grad_clip: float = 1.0                 # of the gradient's norm
     think_share: float = 1.0          # of the positions, drawn at random, that think at each step
     recompute: int = 0                # activation checkpointing of every n-th block; 0 none, 1 all
     compile: bool = False             # torch.compile the blocks; the first step takes minutes
@@ -75,7 +75,7 @@ class TrainConfig:
                             ("parallel", ("auto", "none", "ddp", "fsdp"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name}={getattr(self, name)} is not one of {', '.join(known)}")
-        config.at_least(self, batch=1, accumulate=1, length=2, steps=0, eval_every=0, eval_texts=1,
+        config.at_least(self, batch_size=1, grad_accum=1, seq_len=2, steps=0, eval_every=0, eval_texts=1,
                         save_every=1, recompute=0, lr=0, seed=0)
         if not 0 < self.think_share <= 1:
             raise ValueError(f"--think_share={self.think_share} is not above 0 and at most 1")
@@ -87,7 +87,7 @@ def build_objective(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: Thoug
                     resumed: Path | None):
     """Scratch, a checkpoint, or the one to resume, as the objective to train. A checkpoint's
     weights are mapped as they are stored, from pages that all ranks of a machine share."""
-    generator = torch.Generator().manual_seed(seed_of(cfg.seed, INITIAL_WEIGHTS))
+    generator = torch.Generator().manual_seed(seed_of(cfg.seed, RNG_WEIGHTS))
     if resumed:
         try:
             model = weights.load(resumed, dtype=None, thought_config=thought_cfg)
@@ -126,9 +126,9 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
     """Linear warm-up, then constant, or along a cosine that reaches lr_end at the last step."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
-    lr_end = cfg.lr if cfg.lr_end is None else cfg.lr_end
+    min_lr = cfg.lr if cfg.min_lr is None else cfg.min_lr
     done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return lr_end + (cfg.lr - lr_end) * (1 + math.cos(math.pi * done)) / 2
+    return min_lr + (cfg.lr - min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
 def seed_of(*key: int) -> int:
@@ -138,13 +138,13 @@ def seed_of(*key: int) -> int:
 def thought_draws(cfg: TrainConfig, thought_cfg: ThoughtConfig, step: int, rows) -> dict:
     """What chance decides of each row's thoughts, the same on any layout: where one thinks (if not
     everywhere), and the uniform numbers that choose the tokens."""
-    n_positions, draws = math.ceil(cfg.think_share * (cfg.length - 1)), {"uniform_BNPT": []}
+    n_positions, draws = math.ceil(cfg.think_share * (cfg.seq_len - 1)), {"uniform_BNPT": []}
     for row in rows:
-        rng = np.random.default_rng([cfg.seed, THOUGHT_DRAWS, step, row])
+        rng = np.random.default_rng([cfg.seed, RNG_THOUGHTS, step, row])
         shape = thought_cfg.n_thoughts, n_positions, thought_cfg.thought_len
         draws["uniform_BNPT"].append(rng.random(shape, dtype=np.float32))
         if cfg.think_share < 1:
-            chosen = np.sort(rng.permutation(cfg.length - 1)[:n_positions])
+            chosen = np.sort(rng.permutation(cfg.seq_len - 1)[:n_positions])
             draws.setdefault("position_BP", []).append(chosen)
     return {name: torch.from_numpy(np.stack(values)) for name, values in draws.items()}
 
@@ -209,7 +209,7 @@ class Log:
             rows = [json.loads(line) for line in lines if line.endswith("}")]
             kept = [row for row in rows if row["step"] < step + ("loss" in row)]
             text = "".join(json.dumps(row) + "\n" for row in kept)
-            weights.write_atomically(self.path, lambda path: path.write_text(text))
+            weights.atomic_write(self.path, lambda path: path.write_text(text))
 
     def row(self, step: int, steps: int, values: dict[str, float], always: bool = False):
         if not self.writes:
@@ -249,7 +249,7 @@ def main():
     cfg, model_cfg, thought_cfg, state = configure()
     place, out = parallel.join(cfg.device, cfg.parallel), Path(cfg.out)
     signals = listen_for_signals()
-    rows = parallel.rows_of(place, cfg.batch, cfg.accumulate)
+    rows = parallel.rows_of(place, cfg.batch_size, cfg.grad_accum)
     if state is None and (out / "latest").is_file():
         raise ValueError(f"{out} already holds a run: --init_from=resume goes on with it, "
                          f"another --out starts anew")
@@ -257,7 +257,7 @@ def main():
     # data
     tokenizer = tokenizers.load(cfg.data)
     train_file, val_file = data.TokenFile(cfg.data, "train"), data.TokenFile(cfg.data, "val")
-    crops = data.Crops(train_file, cfg.length, cfg.crops, cfg.seed)
+    crops = data.Batches(train_file, cfg.seq_len, cfg.crops, cfg.seed)
 
     # model
     if state is None and cfg.init_from == "scratch" and "--vocab_size" not in config.given():
@@ -268,9 +268,9 @@ def main():
     if cfg.compile:
         objective.model.compile_blocks()
     settings = asdict(cfg) | asdict(objective.model.config) | asdict(thought_cfg)
-    hanging = (thought_cfg.thought_len + thought_cfg.n_true + 1) * (cfg.objective == "quiet")
-    if cfg.length + hanging > objective.model.config.max_seq_len:
-        raise ValueError(f"--length={cfg.length} and {hanging} for a thought and what it is graded "
+    branch = (thought_cfg.thought_len + thought_cfg.n_true + 1) * (cfg.objective == "quiet")
+    if cfg.seq_len + branch > objective.model.config.max_seq_len:
+        raise ValueError(f"--seq_len={cfg.seq_len} and {branch} for a thought and what it is graded "
                          f"on exceed the context of {objective.model.config.max_seq_len}")
     step = state["step"] if state else 0
     parallel.agree(facts(settings, step, tokenizer, objective), place)
@@ -287,7 +287,7 @@ def main():
             print(f"going on from {resumed}", flush=True)
     log = Log(out, step, place.writes)
     amp = torch.autocast(place.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    n_positions = math.ceil(cfg.think_share * (cfg.length - 1))
+    n_positions = math.ceil(cfg.think_share * (cfg.seq_len - 1))
     saved_at, is_quiet = step if state else -1, isinstance(objective, QuietSTaR)
 
     # loop
@@ -296,7 +296,7 @@ def main():
         if cfg.eval_every and (step % cfg.eval_every == 0 or step >= cfg.steps):
             with amp:
                 scores = parallel.gathered(objective, place, lambda: evaluation.held_out(
-                    objective, val_file, tokenizer, cfg.eval_texts, cfg.length))
+                    objective, val_file, tokenizer, cfg.eval_texts, cfg.seq_len))
             log.row(step, cfg.steps, {f"eval/{name}": scores[name] for name in scores}, always=True)
 
         # save (each rank its share, rank 0 the rest)
@@ -312,7 +312,7 @@ def main():
         started = time.perf_counter()
         texts = [crops.batch(step, r) for r in rows]
         draws = [thought_draws(cfg, thought_cfg, step, r) if is_quiet else {} for r in rows]
-        terms = sum(count_terms(valid_BL, thought_cfg, n_positions) for _, valid_BL in texts)
+        terms = sum(denominators(valid_BL, thought_cfg, n_positions) for _, valid_BL in texts)
         terms = parallel.total(terms.to(place.device))
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, cfg) * group["scale"]
@@ -327,7 +327,7 @@ def main():
             (outcome.loss * place.world).backward()     # ddp and fsdp average over ranks; we sum
             for name, value in outcome.metrics().items():
                 sums[name] = sums.get(name, 0) + value
-        norm = parallel.clip(objective, cfg.clip)
+        norm = parallel.clip(objective, cfg.grad_clip)
         sums["grad_norm"] = norm / place.world                  # the same on all ranks
         values = {name: value.item() for name, value in zip(sums, parallel.total(torch.stack(
             [value.double() for value in sums.values()])))}
@@ -339,7 +339,7 @@ def main():
         # log (rank 0)
         step, seconds = step + 1, time.perf_counter() - started
         log.row(step, cfg.steps, {**values, "lr": lr_at(step - 1, cfg),
-                                  "tokens/s": cfg.batch * cfg.length / seconds})
+                                  "tokens/s": cfg.batch_size * cfg.seq_len / seconds})
 
     # finish
     del parallel_objective            # ddp's end, after the process group's, can wait for ever

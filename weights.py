@@ -1,7 +1,7 @@
 """Checkpoints in and out: a folder to a model, and a model to a folder that others can read.
 
     model = load("Mistral-7B-v0.1", dtype=torch.bfloat16)    # a Mistral; a QuietSTaR if it thinks
-    python weights.py --checkpoint=DIR --out=DIR --layout=released --dtype=bfloat16
+    python weights.py --checkpoint=DIR --out=DIR --layout=official --dtype=bfloat16
 
 A model is built without memory, every tensor of the checkpoint is checked against it, and only then
 they are assigned, one by one. formats.py knows what the layouts call things, files.py how a tensor
@@ -25,7 +25,7 @@ import config
 from formats import huggingface as formats
 import distributed as parallel
 import tokenizer as tokenizers
-from formats.tensors import find_checkpoint, read_json, stored_tensors, write_atomically
+from formats.tensors import find_checkpoint, read_json, stored_tensors, atomic_write
 from model import Mistral, ModelConfig, NextToken
 from thoughts import QuietSTaR, ThoughtConfig
 
@@ -50,7 +50,7 @@ def load(folder: str | Path, device="cpu", dtype: torch.dtype | None = torch.flo
 
     `dtype` None keeps each tensor's own. `thought_config` replaces the stored settings, except for
     the rows of the vocabulary that are the markers'. `reset_markers` puts the em dash's embedding,
-    row `dash_id`, in the place of the trained markers, as the released evaluation does. Raises
+    row `dash_id`, in the place of the trained markers, as the official evaluation does. Raises
     ValueError or FileNotFoundError, one line with the remedy, for all that is not as it should be.
     """
     path, file = _find(Path(folder))
@@ -62,12 +62,12 @@ def load(folder: str | Path, device="cpu", dtype: torch.dtype | None = torch.flo
     shape, settings = read_config(folder)
     tensors = stored_tensors(file)
     layout = ("mistral" if path.name == "params.json" else
-              "released" if "start_embedding" in tensors else
+              "official" if "start_embedding" in tensors else
               "ours" if settings or "start_thought" in tensors else "base")
     with torch.device("meta"), _Uninitialised():
         base = model = Mistral(shape)
-        if layout in ("ours", "released"):
-            rows = (shape.vocab_size - 2, shape.vocab_size - 1) if layout == "released" else ()
+        if layout in ("ours", "official"):
+            rows = (shape.vocab_size - 2, shape.vocab_size - 1) if layout == "official" else ()
             settings = settings or ThoughtConfig(marker_ids=rows)
             thought_config = replace(thought_config or settings, marker_ids=settings.marker_ids)
             model = QuietSTaR(base, thought_config)
@@ -199,16 +199,16 @@ def save(model: Mistral | QuietSTaR, folder: str | Path, layout: str = "ours",
     for file, names in files.items():
         shard = {name: tensors[name].to("cpu", dtype or tensors[name].dtype).contiguous()
                  for name in names}
-        write_atomically(folder / file, lambda path: save_file(shard, path, {"format": "pt"}))
+        atomic_write(folder / file, lambda path: save_file(shard, path, {"format": "pt"}))
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())},
                  "weight_map": {name: file for file, names in files.items() for name in names}}
-        write_atomically(folder / entry, lambda path: path.write_text(json.dumps(index)))
+        atomic_write(folder / entry, lambda path: path.write_text(json.dumps(index)))
     if tokenizer:
         tokenizer.copy_to(folder)
         given |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     text = json.dumps(given, indent=1)
-    write_atomically(folder / config_name, lambda path: path.write_text(text))
+    atomic_write(folder / config_name, lambda path: path.write_text(text))
 
 
 def _shards(sizes: dict[str, int], limit: float) -> list[list[str]]:
@@ -226,7 +226,7 @@ def _export(model: Mistral | QuietSTaR, parameters: dict[str, torch.Tensor], lay
             dtype: torch.dtype | None) -> tuple[dict, dict]:
     """The layout's tensors by name, without gradient, and its config, which says `dtype`."""
     quiet = model if isinstance(model, QuietSTaR) else None
-    if layout not in formats.LAYOUTS or (layout == "released" and not quiet):
+    if layout not in formats.LAYOUTS or (layout == "official" and not quiet):
         raise ValueError(f"layout '{layout}' is not one of {', '.join(formats.LAYOUTS)}, or needs "
                          "a model that thinks")
     base, settings = (quiet.model, quiet.config) if quiet else (model, None)
@@ -237,17 +237,17 @@ def _export(model: Mistral | QuietSTaR, parameters: dict[str, torch.Tensor], lay
             tensors[theirs] = formats.turn(parameter.detach(), name, layout, shape, ours=False)
     if layout == "mistral" and shape.tied:                 # params.json cannot say so
         tensors["output.weight"] = tensors["tok_embeddings.weight"].clone()
-    if layout == "released":
-        shape, settings = _as_released(tensors, shape, settings)
+    if layout == "official":
+        shape, settings = _as_official(tensors, shape, settings)
     return tensors, formats.to_config(shape, layout, settings, dtype or base.embed.weight.dtype)
 
 
-def _as_released(tensors: dict, shape: ModelConfig, settings: ThoughtConfig) -> tuple:
+def _as_official(tensors: dict, shape: ModelConfig, settings: ThoughtConfig) -> tuple:
     """Scale the markers, and give them rows of the vocabulary if they have none; in place.
 
     A marker's second row is the log of a standard deviation that nothing uses, here what the
-    released code starts it from. The new rows are the markers in the embedding and zeros in the
-    head: the released programs mask these logits, and where one does not a zero favours nothing.
+    official code starts it from. The new rows are the markers in the embedding and zeros in the
+    head: the official programs mask these logits, and where one does not a zero favours nothing.
     """
     embed_VD = tensors["model.embed_tokens.weight"]
     markers_2D = torch.stack([tensors[name] for name in formats.MARKERS])
@@ -269,8 +269,8 @@ class ConvertConfig:
     """From any layout that can be read to any that can be written."""
     checkpoint: str = ""              # folder to read
     out: str = ""                     # folder to write
-    layout: str = "ours"              # ours | base | released | mistral
-    reset_markers: bool = False       # to the em dash's embedding, as the released evaluation does
+    layout: str = "ours"              # ours | base | official | mistral
+    reset_markers: bool = False       # to the em dash's embedding, as the official evaluation does
     dtype: str = ""                   # float32 | bfloat16 | float16; empty keeps what is stored
 
     def __post_init__(self):

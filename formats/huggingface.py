@@ -4,7 +4,7 @@ Four layouts, all of them read and written by weights.py:
   base      Hugging Face's names, the language model only
   ours      the same, plus start_thought, end_thought, mixing_head.* and a `quiet_star` section in
             config.json: to other programs an ordinary model with a few tensors too many
-  released  as ezelikman/quietstar-8-ahead: talk_head.*, and markers that are divided by 100
+  official  as ezelikman/quietstar-8-ahead: talk_head.*, and markers that are divided by 100
   mistral   Mistral's own files, the language model only: other names, other order in q and k
 
 What is left out on purpose is refused by name: yarn, experts, quantised, multimodal, adapters.
@@ -34,11 +34,11 @@ NAMES = (                             # our module, Hugging Face's, Mistral's; #
     ("layers.#.ffn.up", "model.layers.#.mlp.up_proj", "layers.#.feed_forward.w3"),
     ("layers.#.ffn.down", "model.layers.#.mlp.down_proj", "layers.#.feed_forward.w2"))
 HUGGING_FACE = {ours: theirs for ours, theirs, _ in NAMES}
-RELEASED = {"start_thought": "start_embedding", "end_thought": "end_embedding",
+OFFICIAL = {"start_thought": "start_embedding", "end_thought": "end_embedding",
             "mixing_head.#": "talk_head.0.#"}
-LAYOUTS = {"base": HUGGING_FACE, "ours": HUGGING_FACE | {name: name for name in RELEASED},
-           "released": HUGGING_FACE | RELEASED, "mistral": {ours: own for ours, _, own in NAMES}}
-MARKERS, MARKER_SCALE = ("start_embedding", "end_embedding"), 100   # the released embedding_scale
+LAYOUTS = {"base": HUGGING_FACE, "ours": HUGGING_FACE | {name: name for name in OFFICIAL},
+           "official": HUGGING_FACE | OFFICIAL, "mistral": {ours: own for ours, _, own in NAMES}}
+MARKERS, MARKER_SCALE = ("start_embedding", "end_embedding"), 100   # the official embedding_scale
 
 KEYS = (                              # our number, Hugging Face's, Mistral's
     ("vocab_size", "vocab_size", "vocab_size"), ("dim", "hidden_size", "dim"),
@@ -55,7 +55,7 @@ FAMILIES = ("mistral", "llama", "qwen2", "ministral")
 REFUSED = {"hidden_act": "silu", "partial_rotary_factor": 1.0} | dict.fromkeys((    # if not this
     "quantization_config", "quantization", "num_local_experts", "num_experts", "moe", "mlp_bias",
     "vision_encoder", "vision_config", "lora", "yarn", "use_scaled_rope", "llama_4_scaling"))
-RELEASED_CONFIG = {                   # the variant of the released code that was trained
+OFFICIAL_CONFIG = {                   # the variant of the official code that was trained
     "merged_talk_heads": True, "merged_lm_and_talk_heads": False, "merged_lm_and_think_heads": True,
     "use_concat_talk_head": True, "use_shallow_think": True, "use_shallow_talk": False,
     "use_complex_think_head": False, "use_complex_talk_head": True, "use_weighted_talk_head": True}
@@ -178,8 +178,8 @@ def to_config(config: ModelConfig, layout: str, thoughts: ThoughtConfig | None,
     if family in ("qwen2", "ministral"):
         given |= {"use_sliding_window": bool(sizes), "layer_types": [
             "sliding_attention" if w else "full_attention" for w in windows]}
-    if layout == "released":          # the released script's: both of its lengths and one
-        given |= RELEASED_CONFIG | {"max_thoughts": thoughts.thought_len + 3 + thoughts.n_true + 1}
+    if layout == "official":          # the official script's: both of its lengths and one
+        given |= OFFICIAL_CONFIG | {"max_thoughts": thoughts.thought_len + 3 + thoughts.n_true + 1}
     if thoughts and layout != "base":
         given["quiet_star"] = asdict(thoughts)
     return given

@@ -2,7 +2,7 @@
 
     tensors = stored_tensors(Path("model.safetensors.index.json"))     # nothing is read yet
     weight = tensors["lm_head.weight"].read(torch.bfloat16, "cuda")
-    write_atomically("out/latest", lambda path: path.write_text("step-000100"))
+    atomic_write("out/latest", lambda path: path.write_text("step-000100"))
 
 A stored tensor stays in its file if nothing has to change. Else it is converted in pieces, with no
 more than one in memory beside the result (of a .bin file, all pages that were read).
@@ -149,7 +149,7 @@ def _beside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     """`write(temporary)` makes a file beside `path`, which is then put in place: all or nothing."""
     with _beside(path) as temporary:
         write(temporary)
@@ -162,7 +162,7 @@ def published(path: str | Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def put_in_place(draft: Path, folder: Path) -> None:
+def rename_folder(draft: Path, folder: Path) -> None:
     """Rename a whole folder, once all that is in it is on the disk; it may replace another."""
     for path in (*draft.rglob("*"), draft):
         _to_disk(path)

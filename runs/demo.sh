@@ -19,7 +19,7 @@ python train.py $plain --init_from=$out/base --data=$game/silent --out=$out/plai
 echo; echo "3/4  Quiet-STaR on the same text"
 python train.py $quiet --init_from=$out/base --data=$game/silent --out=$out/quiet
 echo; echo "4/4  what it thinks, and whether that helps"
-python sample.py --checkpoint=$out/quiet --show-thoughts --max_new=1 --prompt="ball c : ab cd ce ad now"
+python sample.py --checkpoint=$out/quiet --show-thoughts --max_new_tokens=1 --prompt="ball c : ab cd ce ad now"
 score() { echo "scoring $1"; shift; python eval.py --data=$game/silent --texts=2000 "$@" > /dev/null; }
 score "base" --checkpoint=$out/base --out="$out/base.json"
 score "plain training goes on" --checkpoint=$out/plain --out="$out/plain training goes on.json"

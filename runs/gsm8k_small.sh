@@ -16,16 +16,16 @@ train() {                                             # goes on where it was, if
 [ -f $data/meta.json ] || python data.py --input="$GSM_FILE" --field=question,answer \
   --tokenizer=$data/tokenizer.model --out=$data --val_share=0.05
 train $out/base --objective=plain --data=$data --dim=256 --n_layers=4 --n_heads=8 --n_kv_heads=2 \
-  --ffn_dim=704 --max_seq_len=1024 --steps=1000 --batch=16 --length=128 --crops=stream --lr=1e-3 \
-  --lr_end=1e-4 --warmup=100 --weight_decay=0.1 --eval_every=250 --eval_texts=100 --save_every=250
-tune="--data=$data --init_from=$out/base --steps=200 --batch=8 --length=64 --crops=stream
-  --lr=1e-4 --lr_end=1e-5 --warmup=20 --weight_decay=0 --eval_every=50 --eval_texts=40 --save_every=50"
+  --ffn_dim=704 --max_seq_len=1024 --steps=1000 --batch_size=16 --seq_len=128 --crops=stream --lr=1e-3 \
+  --min_lr=1e-4 --warmup=100 --weight_decay=0.1 --eval_every=250 --eval_texts=100 --save_every=250
+tune="--data=$data --init_from=$out/base --steps=200 --batch_size=8 --seq_len=64 --crops=stream
+  --lr=1e-4 --min_lr=1e-5 --warmup=20 --weight_decay=0 --eval_every=50 --eval_texts=40 --save_every=50"
 train $out/plain --objective=plain $tune
 train $out/quiet $tune --thought_len=6 --n_true=4 --n_thoughts=2 --policy_weight=1 \
   --policy_temperature=1 --marker_lr=1 --mixing_lr=5
 for name in base plain quiet; do
   echo; echo "$name"
-  python eval.py --checkpoint=$out/$name --data=$data --texts=150 --length=128 --out=$out/$name.json
+  python eval.py --checkpoint=$out/$name --data=$data --texts=150 --seq_len=128 --out=$out/$name.json
 done
 for name in ${GSM_TEST:+base plain quiet}; do
   echo; echo "$name, asked"

@@ -4,7 +4,7 @@
 #   CORPUS=owm sh runs/mistral7b_1gpu.sh
 #
 # The eight texts of a step are eight micro-batches; by `python -m tools.bench --plan --gpus=1
-# --accumulate=8` a step peaks at 138e9 bytes of the 150e9 that such a GPU has. One of 80 GB cannot
+# --grad_accum=8` a step peaks at 138e9 bytes of the 150e9 that such a GPU has. One of 80 GB cannot
 # hold 7B: fp32 weights, gradients and moments alone are 117e9. It holds models of up to 4e9
 # parameters, such as
 #   MODEL=Qwen/Qwen2.5-3B sh runs/mistral7b_1gpu.sh

@@ -37,5 +37,5 @@ fi
 # 100 steps of 8 texts of 256 tokens, lr 1e-6 after 20 steps of warm-up, N 2, T 12, A 4: the defaults.
 torchrun ${RUN:---standalone} --nproc_per_node="${GPUS:-8}" --max-restarts="${RESTARTS:-3}" train.py \
   --init_from="$model" --data="$data" --out="$out" --parallel=fsdp --dtype=bfloat16 --recompute=1 \
-  --batch="${BATCH:-8}" --accumulate="${ACCUMULATE:-1}" --thought_len="${T:-12}" --n_true="${A:-4}" \
+  --batch_size="${BATCH:-8}" --grad_accum="${ACCUMULATE:-1}" --thought_len="${T:-12}" --n_true="${A:-4}" \
   --steps="${STEPS:-100}" --save_every=50 --eval_every=50 --eval_texts="${EVAL_TEXTS:-16}"

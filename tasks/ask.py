@@ -7,15 +7,15 @@ numbers also decoded greedily. Or the model works aloud first, zero-shot, and it
     A: Let's think step by step. <up to 384 tokens at temperature 0.9>
     Therefore, the answer (arabic numerals) is <12 more>
 
-Prompts, temperature, lengths and the two stages are the released evaluation's. A thought is thought
+Prompts, temperature, lengths and the two stages are the official evaluation's. A thought is thought
 at every emitted token, or at none.
 
   majority           the most frequent answer, sign and decimals kept; no number has no vote
-  majority_released  the first run of digits; "no number" may win, as released
+  majority_official  the first run of digits; "no number" may win, as official
   one_vote           the share of the votes that are right
 
-Ended as released: end of text, or the second "Q:" or blank line of the whole text, cut off with
-what follows. There the released code loses the first "Q:" and doubles bos; here it does not.
+Ended as official: end of text, or the second "Q:" or blank line of the whole text, cut off with
+what follows. There the official code loses the first "Q:" and doubles bos; here it does not.
 
 Left out on purpose: other prompts than these; harness.py runs other people's.
 
@@ -30,12 +30,12 @@ import numpy as np
 
 from tasks import qa as tasks
 import weights
-from tasks.bootstrap import PLAIN, TEMPERATURES, Ledger, Progress, sharpened
+from tasks.bootstrap import PLAIN, TEMPERATURES, ResultsFile, Progress, temperature_scaled
 from predict import complete, predictions, thinks
 from tasks.qa import MARKER, Question
 
 STEPS = MARKER + " Let's think step by step."
-THEREFORE = {"gsm8k": "\nTherefore, the answer (arabic numerals) is",         # the released code's
+THEREFORE = {"gsm8k": "\nTherefore, the answer (arabic numerals) is",         # the official code's
              "commonsense_qa": "\nTherefore, among A through E, the answer is"}  # arXiv 2205.11916
 ENDS = ("Q:", "\n\n\n")
 ANSWER_TOKENS = 12                        # of the second stage
@@ -57,15 +57,15 @@ def ask(objective, tokenizer, cfg, place, out: str) -> dict:
     if thinks(objective, cfg.thoughts):
         how |= dict(thought_len=objective.config.thought_len)
     if cfg.votes:
-        how |= dict(seed=cfg.seed, temperature=cfg.temperature, max_new=cfg.max_new)
+        how |= dict(seed=cfg.seed, temperature=cfg.temperature, max_new=cfg.max_new_tokens)
     if cfg.thoughts == "swapped":
-        how |= dict(batch=cfg.batch)                        # a thought comes from the same batch
-    ledger = Ledger(str(Path(out).with_suffix(".jsonl")), of | how, place)
+        how |= dict(batch=cfg.batch_size)                        # a thought comes from the same batch
+    ledger = ResultsFile(str(Path(out).with_suffix(".jsonl")), of | how, place)
     known = tasks.alphabets(tokenizer)
     answers = {q.number: tasks.locate(tokenizer.encode(f"{q.text}{MARKER}{q.answer}\n", bos=True),
                                       tokenizer, known) for q in questions}
     questions.sort(key=lambda q: -len(answers[q.number].ids))   # like lengths, the longest first
-    size = max(1, cfg.batch // max(1, cfg.votes))
+    size = max(1, cfg.batch_size // max(1, cfg.votes))
     starts = range(place.rank * size, len(questions), place.world * size)
     batches = [batch for batch in (questions[start:start + size] for start in starts)
                if any(q.number not in ledger.done for q in batch)]
@@ -92,7 +92,7 @@ def identity(folder: str) -> str:
 
 
 def measures(rows: list[dict]) -> tuple[dict, dict]:
-    """By question, with the sharpened base beside the rest; the temperatures that were fitted."""
+    """By question, with the temperature_scaled base beside the rest; the temperatures that were fitted."""
     names = [name for name in rows[0] if isinstance(rows[0][name], (float, list))
              and name not in ("said", "votes")]
     units, fitted = {}, {}
@@ -100,7 +100,7 @@ def measures(rows: list[dict]) -> tuple[dict, dict]:
         value = np.array([row[name] for row in rows])
         if value.ndim == 2:                                             # at each temperature
             measure = name.removesuffix("_base")
-            units[f"{measure}_sharp"], fitted[measure] = sharpened(value, np.arange(len(rows)),
+            units[f"{measure}_sharp"], fitted[measure] = temperature_scaled(value, np.arange(len(rows)),
                                                                    least=measure == "nll")
             value = value[:, PLAIN]
         units[name] = value
@@ -145,7 +145,7 @@ def reason(objective, questions: list[Question], tokenizer, cfg) -> list[dict]:
         whole = [text + more for text, more in zip(texts, said)]
         return [text.rpartition(end_of(text))[0] if end_of(text) else text for text in whole]
     therefore = THEREFORE[cfg.task]
-    worked = go_on([question.text + STEPS for question, _ in asked], cfg.max_new, 1)
+    worked = go_on([question.text + STEPS for question, _ in asked], cfg.max_new_tokens, 1)
     told = go_on([text.rstrip() + therefore for text in worked], ANSWER_TOKENS, 2)
     rows = []
     for i, question in enumerate(questions):
@@ -168,7 +168,7 @@ def count(task: str, gold: str, said: list[str]) -> dict:
                  majority=float(bool(known) and known[0][0] == gold))
     if task == "gsm8k":
         winner, _ = Counter(map(first_integer, said)).most_common(1)[0]
-        found["majority_released"] = float(winner == first_integer(gold))
+        found["majority_official"] = float(winner == first_integer(gold))
     return found
 
 
@@ -181,6 +181,6 @@ def answer_in(task: str, text: str) -> str | None:
 
 
 def first_integer(text: str) -> int | None:
-    """The released code's: commas dropped, then the first digits; signs and decimals are lost."""
+    """The official code's: commas dropped, then the first digits; signs and decimals are lost."""
     digits = re.search(r"\d+", text.replace(",", ""))
     return int(digits.group()) if digits else None

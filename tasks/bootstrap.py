@@ -25,7 +25,7 @@ from formats.tensors import read_json
 N_BOOTSTRAP = 1000
 TEMPERATURES = 2.0 ** (np.arange(-12, 9) / 4)      # 1/8 to 4, and 1 among them
 PLAIN = int(np.argmin(abs(TEMPERATURES - 1)))
-VARIANTS = {"base": "not thinking", "sharp": "not thinking, sharpened", "mixed": "thinking"}
+VARIANTS = {"base": "not thinking", "sharp": "not thinking, temperature_scaled", "mixed": "thinking"}
 
 
 def interval(total_U, count_U=None) -> dict[str, float]:
@@ -38,7 +38,7 @@ def interval(total_U, count_U=None) -> dict[str, float]:
     return dict(mean=float(total_U.sum() / count_U.sum()), low=float(low), high=float(high))
 
 
-def sharpened(value_RK, unit_R, least: bool):
+def temperature_scaled(value_RK, unit_R, least: bool):
     """What the base alone reaches by a temperature: the control for a gain by sharpening.
 
     `value_RK` at each of TEMPERATURES. The temperature of every second unit is the one at which the
@@ -92,7 +92,7 @@ def table(result: dict[str, dict]) -> str:
     """A line for each measure, a column for each of VARIANTS, then what thinking changed."""
     measures = dict.fromkeys(name.rpartition("_")[0] for name in result
                              if name.endswith("_base") and "-" not in name)
-    heads = [*VARIANTS.values(), "thinking - not", "thinking - sharpened"]
+    heads = [*VARIANTS.values(), "thinking - not", "thinking - temperature_scaled"]
     lines = [" " * 8 + "".join(f"{head:>28s}" for head in heads)] if measures else []
     for m in measures:
         names = [f"{m}_{variant}" for variant in VARIANTS]
@@ -130,7 +130,7 @@ class Progress:
                   file=sys.stderr, end="\r" if self.wait == 1 else "\n", flush=True)
 
 
-class Ledger:
+class ResultsFile:
     """A jsonl file: what it is of, then a line per question in the order in which they were done.
 
     Every rank appends its own lines, each whole batch in one write (a local disk keeps writes
@@ -147,7 +147,7 @@ class Ledger:
                                  f"{of.get(key)}): delete it, or choose another --out")
             text = "".join(json.dumps(row) + "\n" for row in [of, *rows[1:]])
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            weights.write_atomically(self.path, lambda path: path.write_text(text))
+            weights.atomic_write(self.path, lambda path: path.write_text(text))
         self.wait(place)
         self.done = self.rows()
 

@@ -7,11 +7,11 @@
 The model reads the text up to `A:` and predicts the answer directly, without working. A prediction
 of its tokens, newline included, is worth
   nll    -log p of the answer (nats)
-  soft   the released code's "accuracy": the probability of the answer's tokens, each among the
+  soft   the official code's "accuracy": the probability of the answer's tokens, each among the
          digits or letters and the newline only. Quirks kept: `,` `.` `-` `%` cost nothing, and an
          answer that does not begin with a digit, a negative one too, counts as a letter, so that
          only its newline is scored. It is a probability under teacher forcing, which rises by mere
-         sharpening, so it is never shown without the sharpened base (evidence.py)
+         sharpening, so it is never shown without the temperature_scaled base (evidence.py)
   right  CommonsenseQA: is the best of the five letters the right one
   exact  GSM8K: is the answer, decoded greedily, the right number; its sign counts, commas do not
 
@@ -32,7 +32,7 @@ import data
 
 TASKS = ("gsm8k", "commonsense_qa")
 MARKER, LETTERS = "\nA:", "ABCDE"
-RELEASED_SEED = 42                        # of the released code's choice of questions
+OFFICIAL_SEED = 42                        # of the official code's choice of questions
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ def number_in(text: str) -> str:
 
 
 def subset(n_questions: int, limit: int) -> list[int]:
-    """The first `limit` of a fixed shuffle: of GSM8K's 1,319, 128 are the released evaluation's.
+    """The first `limit` of a fixed shuffle: of GSM8K's 1,319, 128 are the official evaluation's.
 
     (`Dataset.shuffle(seed=42)` of the `datasets` library is this permutation.) 0 takes all.
     """
-    order = np.random.default_rng(RELEASED_SEED).permutation(n_questions)
+    order = np.random.default_rng(OFFICIAL_SEED).permutation(n_questions)
     return sorted(order[:limit].tolist()) if limit else list(range(n_questions))
 
 
@@ -126,7 +126,7 @@ def alphabets(tokenizer) -> Alphabets:
 
 @dataclass(frozen=True)
 class Answer:
-    """One question as tokens: `start` is the first of its answer, `counted` those that the released
+    """One question as tokens: `start` is the first of its answer, `counted` those that the official
     metric counts, each among the ids `among` (None: among all)."""
     ids: list[int]
     start: int
@@ -135,7 +135,7 @@ class Answer:
 
 
 def locate(ids: list[int], tokenizer, known: Alphabets) -> Answer:
-    """Find the answer behind the last `A:` as the released code does, for any tokenizer.
+    """Find the answer behind the last `A:` as the official code does, for any tokenizer.
 
     It compares text, not ids: the answer starts behind the token that completes the marker. Text
     without a marker is scored from its third token on.

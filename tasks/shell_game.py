@@ -87,7 +87,7 @@ def answer_positions(ids_BL, tokenizer):
     return (ids_BL == now) & answers_BL & ((ids_BL == ball).cumsum(dim=1) > 0)
 
 
-def working_is_right(line_ids, thought_ids, tokenizer) -> bool:
+def reasoning_is_right(line_ids, thought_ids, tokenizer) -> bool:
     """Is the thought the ball's cup after each swap, then its last cup repeated, and nothing else?
 
     `line_ids` run from `ball` to `now` or beyond; both are iterables of ints.

@@ -1,7 +1,7 @@
 """Quiet-STaR the obvious way: the oracle for equality and the yardstick for speed.
 
-What the released code does in spirit, written from the algorithm alone: the text repeated once per
-thought, one pass with gradients per hanging token over all positions at once, keys and values
+What the official code does in spirit, written from the algorithm alone: the text repeated once per
+thought, one pass with gradients per branch token over all positions at once, keys and values
 concatenated and repeated for every query head, one dense mask per pass, two full sets of logits
 after every pass (its own and the mixed ones), all kept. To generate, every position of the whole
 prefix thinks again for every token. Equal results, and no more waste than that: no products with
@@ -14,7 +14,7 @@ from attention import may_attend
 
 
 class NaiveContext:
-    """The text, then in each pass one hanging token of each of its first P positions."""
+    """The text, then in each pass one branch token of each of its first P positions."""
     def __init__(self, length: int):
         self.at, self.step = torch.arange(length), torch.zeros(length, dtype=torch.long)
         self.query, self.cache = (self.at, self.step), {}
@@ -65,7 +65,7 @@ class Passes:
         self.own_logits, self.mixed_logits, self.tokens = [], [], []
 
     def read(self, x_RPD, a: int = 0):
-        """One hanging token at each position; the mixed logits are of a true tokens further on."""
+        """One branch token at each position; the mixed logits are of a true tokens further on."""
         quiet, base_RPD = self.quiet, later(self.base_RLD, a, self.P)
         hidden_RPD = quiet.model.transform(x_RPD, self.context.advance(self.P))
         excluded_V = torch.zeros(quiet.model.config.vocab_size, dtype=torch.bool)
@@ -113,9 +113,9 @@ def naive_objective(quiet, ids_BL, valid_BL, thought_BNPT=None, uniform_BNPT=Non
         reward_RP += (later(base_nll_RL, a, P) * scored_RP - mixed_nll_RP).detach()
     reward_BNP = reward_RP.unflatten(0, (B, -1))
     advantage_BNP = (reward_BNP - reward_BNP.mean(dim=1, keepdim=True)).clamp(min=0)
-    surprise_RPT = torch.stack([nll(logits / c.policy_temperature, token)
+    thought_nll_RPT = torch.stack([nll(logits / c.policy_temperature, token)
                                 for logits, token in zip(passes.own_logits, passes.tokens)], dim=-1)
-    weighed_RPT = advantage_BNP.flatten(0, 1)[..., None] * surprise_RPT
+    weighed_RPT = advantage_BNP.flatten(0, 1)[..., None] * thought_nll_RPT
     return loss + c.policy_weight * weighed_RPT[:, :L - 1 - c.n_true].mean()
 
 

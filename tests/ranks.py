@@ -84,7 +84,7 @@ def step(kind, accumulate, objective, tied, recompute):
             parallel.meet(spread, place, i == len(rows) - 1)
             valid_BL = torch.ones(len(r), 8, dtype=torch.bool)
             more = dict(uniform_BNPT=uniform_BNPT[r]) if objective == "quiet" else {}
-            terms = training.count_terms(valid_BL, quiet.config) * 4 / len(r)
+            terms = training.denominators(valid_BL, quiet.config) * 4 / len(r)
             outcome = spread(ids_BL[r], valid_BL, terms=terms, **more)
             (outcome.loss * place.world).backward()
             thoughts += outcome.thought_BNPT.tolist() if objective == "quiet" else []
@@ -101,7 +101,7 @@ def measure(kind, *argv):
     """Bytes that live at the peak of a second step, counted by operator, and what plan.py says."""
     cfg, m, c = config.parse(plan.PlanConfig, ModelConfig, ThoughtConfig, argv=argv)
     place = parallel.join("cpu", kind)
-    ids_BL = toys.texts(cfg.batch * cfg.accumulate, cfg.length, m.vocab_size)
+    ids_BL = toys.texts(cfg.batch_size * cfg.grad_accum, cfg.seq_len, m.vocab_size)
     uniform_BNPT = toys.uniforms(len(ids_BL), c.n_thoughts, cfg.length - 1, c.thought_len)
     with plan.Live() as live:
         quiet = toys.tiny_quiet(model=asdict(m), **asdict(c))
@@ -109,7 +109,7 @@ def measure(kind, *argv):
         spread = parallel.spread(quiet, place, getattr(torch, cfg.dtype))
         optimizer = torch.optim.AdamW(quiet.parameters(), fused=True)
         for live.counts in (False, True):
-            for i in range(cfg.accumulate):
+            for i in range(cfg.grad_accum):
                 rows = slice(cfg.batch * i, cfg.batch * (i + 1))
                 parallel.meet(spread, place, i == cfg.accumulate - 1)
                 with torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bfloat16"):

@@ -39,8 +39,8 @@ def asked(call, school, out, task, *changes, model="quiet"):
 
 
 WAYS = {"gsm8k": ("gsm8k",), "commonsense_qa": ("commonsense_qa",),
-        "votes": ("gsm8k", "--votes=3", "--max_new=8"),
-        "letters": ("commonsense_qa", "--votes=2", "--max_new=6")}
+        "votes": ("gsm8k", "--votes=3", "--max_new_tokens=8"),
+        "letters": ("commonsense_qa", "--votes=2", "--max_new_tokens=6")}
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
@@ -60,29 +60,29 @@ def assert_same(ours, theirs, exactly: bool = False):
 @every_way
 def test_a_batch_equals_one_by_one(call, school, tmp_path, way):
     (tmp_path / "one").mkdir(), (tmp_path / "all").mkdir()
-    assert_same(asked(call, school, tmp_path / "one", *WAYS[way], "--batch=1"),
-                asked(call, school, tmp_path / "all", *WAYS[way], "--batch=64"))
+    assert_same(asked(call, school, tmp_path / "one", *WAYS[way], "--batch_size=1"),
+                asked(call, school, tmp_path / "all", *WAYS[way], "--batch_size=64"))
 
 
 @every_way
 def test_interrupted_and_resumed_equals_uninterrupted(call, school, tmp_path, way, monkeypatch):
     (tmp_path / "whole").mkdir(), (tmp_path / "cut").mkdir()
-    whole = asked(call, school, tmp_path / "whole", *WAYS[way], "--batch=6")
-    add, added = ask.Ledger.add, []
+    whole = asked(call, school, tmp_path / "whole", *WAYS[way], "--batch_size=6")
+    add, added = ask.ResultsFile.add, []
 
     def once(self, rows):
         if added:
             raise ValueError("interrupted")
         added.append([row["number"] for row in rows])
         add(self, rows)
-    monkeypatch.setattr(ask.Ledger, "add", once)
+    monkeypatch.setattr(ask.ResultsFile, "add", once)
     with pytest.raises(AssertionError, match="interrupted"):
-        asked(call, school, tmp_path / "cut", *WAYS[way], "--batch=6")
-    monkeypatch.setattr(ask.Ledger, "add", lambda self, rows: add(self, rows) or added.append(
+        asked(call, school, tmp_path / "cut", *WAYS[way], "--batch_size=6")
+    monkeypatch.setattr(ask.ResultsFile, "add", lambda self, rows: add(self, rows) or added.append(
         [row["number"] for row in rows]))
     with open(tmp_path / "cut" / "answers.jsonl", "a") as file:
         file.write('{"number": 3, "gold": "7", "nll_base": {}')           # killed in mid-line
-    assert_same(whole, asked(call, school, tmp_path / "cut", *WAYS[way], "--batch=6"), exactly=True)
+    assert_same(whole, asked(call, school, tmp_path / "cut", *WAYS[way], "--batch_size=6"), exactly=True)
     assert sorted(sum(added, [])) == sorted(whole[0])                     # nothing is asked again
 
 
@@ -90,21 +90,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(call, school, tmp_path, wa
 @pytest.mark.parametrize("way", ["gsm8k", "votes"])
 def test_two_ranks_equal_one(call, school, tmp_path, way):
     (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
-    one = asked(call, school, tmp_path / "one", *WAYS[way], "--batch=3")
+    one = asked(call, school, tmp_path / "one", *WAYS[way], "--batch_size=3")
     task, *changes = WAYS[way]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-         "eval.py", f"--checkpoint={school}/quiet", f"--task={task}", "--batch=3", *changes,
+         "eval.py", f"--checkpoint={school}/quiet", f"--task={task}", "--batch_size=3", *changes,
          f"--file={school}/{task}.jsonl", f"--out={tmp_path}/two/answers.json"],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    two = asked(call, school, tmp_path / "two", *WAYS[way], "--batch=3")      # reads what they did
+    two = asked(call, school, tmp_path / "two", *WAYS[way], "--batch_size=3")      # reads what they did
     assert_same(one, two, exactly=True)
     assert done.stdout.count("wrote ") == 1                                   # rank 0 writes
 
 
 def test_answers_thought_of_at_scored_positions_only_are_as_if_every_position_thought(school):
-    """And they are what the released metric makes of the whole text's logits."""
+    """And they are what the official metric makes of the whole text's logits."""
     tokenizer = tokenizers.load(school)
     quiet = weights.load(school / "quiet")
     asked = tasks.read("gsm8k", str(school / "gsm8k.jsonl"))
@@ -194,18 +194,18 @@ def test_a_chain_of_thought_ends_at_a_second_question_or_blank_line_and_then_con
         assert stop(0, text) == ("Q:" in text) and keys == [(4, 9, 0, len(prompts))]
         return [text]
     monkeypatch.setattr(ask, "complete", scripted)
-    cfg = SimpleNamespace(votes=1, max_new=7, seed=4, temperature=0.9, task="gsm8k", thoughts="own")
+    cfg = SimpleNamespace(votes=1, max_new_tokens=7, seed=4, temperature=0.9, task="gsm8k", thoughts="own")
     row, = ask.reason(None, [tasks.Question(9, "Q: why?", " 5", "5")], tokenizers.load(school), cfg)
     assert prompts == ["Q: why?\nA: Let's think step by step.",
                        "Q: why?\nA: Let's think step by step.x\nTherefore, the answer "
                        "(arabic numerals) is"]
-    assert (row["votes"], row["majority"], row["majority_released"]) == (["5"], 1.0, 1.0)
+    assert (row["votes"], row["majority"], row["majority_official"]) == (["5"], 1.0, 1.0)
 
 
 def test_votes_are_counted_with_signs_and_as_released():
     def count(gold, *said):
         found = ask.count("gsm8k", gold, list(said))
-        return found["majority"], found["majority_released"], found["one_vote"]
+        return found["majority"], found["majority_official"], found["one_vote"]
     assert count("1450", " 1,450.", " $1450", " 7") == (1, 1, pytest.approx(2 / 3))
     assert count("-10", " -10", " -10", " 10") == (1, 1, pytest.approx(2 / 3))
     assert count("10", " -10", " -10", " 10") == (0, 1, pytest.approx(1 / 3))
@@ -225,7 +225,7 @@ def test_the_table_tells_the_controls_and_two_models_are_compared_question_by_qu
     for name in ("soft_base", "soft_sharp", "soft_mixed", "nll_mixed-nll_base", "exact_mixed",
                  "soft_mixed-soft_sharp"):
         assert result[name]["low"] <= result[name]["mean"] <= result[name]["high"]
-    assert "thinking - sharpened" in told and f"{result['soft_mixed']['mean']:.4f}" in told
+    assert "thinking - temperature_scaled" in told and f"{result['soft_mixed']['mean']:.4f}" in told
     ours, theirs = (np.array(r["units"]["nll_mixed"]) for r in (result, plain))
     assert result["differences"]["nll_mixed"]["mean"] == pytest.approx((ours - theirs).mean())
     assert plain["units"]["soft_mixed"] == plain["units"]["soft_base"]     # it cannot think
@@ -278,7 +278,7 @@ def test_what_other_weights_or_settings_said_is_not_gone_on_with(call, school, t
     assert status == 2 and "was made with another weights" in stderr and stderr.count("\n") == 1
     asked(call, school, tmp_path, "gsm8k", "--limit=2")                       # the same: goes on
     whole = (tmp_path / "answers.jsonl").read_text()
-    monkeypatch.setattr(evidence.Ledger, "add", lambda ledger, rows: None)    # another rank died
+    monkeypatch.setattr(evidence.ResultsFile, "add", lambda ledger, rows: None)    # another rank died
     (tmp_path / "answers.jsonl").write_text(whole[:whole.rstrip("\n").rindex("\n") + 1])
     status, _, stderr = call(evaluation, f"--checkpoint={school}/quiet", "--task=gsm8k",
                              "--limit=2", f"--file={school}/gsm8k.jsonl",

@@ -2,15 +2,15 @@
 import pytest
 import torch
 
-from attention import FoldedAttention, GrowingContext, may_attend, thought_attention
+from attention import TwoPartAttention, GrowingContext, may_attend, thought_attention
 from thoughts import every_position
 from toys import dense_grade, texts, tiny_quiet, uniforms
 
 
 def gradients(quiet, hidden):
     quiet.zero_grad()
-    base_BLD, hanging_BNPMD = hidden
-    (base_BLD.sin().sum() + (hanging_BNPMD * 1.7).cos().sum()).backward()
+    base_BLD, branch_BNPMD = hidden
+    (base_BLD.sin().sum() + (branch_BNPMD * 1.7).cos().sum()).backward()
     return {name: p.grad.clone() for name, p in quiet.named_parameters() if p.grad is not None}
 
 
@@ -57,7 +57,7 @@ def test_in_bfloat16_structured_attention_loses_no_more_than_the_dense_mask_does
         quiet = tiny_quiet(n_thoughts=3).to(dtype)
         hidden = (quiet.grade(ids_BL, position_BP, thought_BNPT, every) if name == "ours"
                   else dense_grade(quiet, ids_BL, position_BP, thought_BNPT))
-        found[name] = dict(gradients(quiet, hidden), base=hidden[0], hanging=hidden[1])
+        found[name] = dict(gradients(quiet, hidden), base=hidden[0], branch=hidden[1])
     for key, exact in found["exact"].items():
         ours, dense = ((found[name][key] - exact).norm() / exact.norm()
                        for name in ("ours", "dense"))
@@ -77,7 +77,7 @@ def test_rows_of_folded_attention_equal_the_reference_when_only_the_last_tokens_
     position_BP = torch.arange(P).expand(B, P)
     for m in (1, 2, M):
         q = torch.randn(B, N, P, m, H, E, generator=generator)
-        torch.testing.assert_close(FoldedAttention.apply(q, text_k[:, :P], text_v[:, :P], k, v),
+        torch.testing.assert_close(TwoPartAttention.apply(q, text_k[:, :P], text_v[:, :P], k, v),
                                    thought_attention(q, k, v, text_k, text_v, position_BP, None))
 
 
@@ -89,7 +89,7 @@ def test_gradients_of_folded_attention_equal_finite_differences():
         shapes = [(B, N, P, min(M, sum(passes)), H, E), (B, P, K, E), (B, P, K, E), *own]
         inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
                   for shape in shapes]
-        assert torch.autograd.gradcheck(FoldedAttention.apply, inputs)
+        assert torch.autograd.gradcheck(TwoPartAttention.apply, inputs)
 
 
 def test_the_rule_by_its_words():

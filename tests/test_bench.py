@@ -93,7 +93,7 @@ def test_at_7b_the_formula_gives_the_papers_necessary_arithmetic():
 
 
 def saved_mib(quiet, ids_BL, **draws) -> float:
-    """Distinct storages that one forward keeps for its backward, parameters excluded."""
+    """Distinct storages that one forward keeps for its backward, parameters masked_ids."""
     parameters = {p.untyped_storage().data_ptr() for p in quiet.parameters()}
     sizes = {}
 
@@ -131,7 +131,7 @@ def test_a_step_saves_little_for_backward(length, vocab_size, plain, recomputed)
 
 SMALL = ["--dim=16", "--n_layers=1", "--n_heads=2", "--n_kv_heads=1", "--ffn_dim=16",
          "--vocab_size=50",
-         "--length=12", "--thought_len=2", "--n_true=2", "--rounds=1", "--device=cpu"]
+         "--seq_len=12", "--thought_len=2", "--n_true=2", "--rounds=1", "--device=cpu"]
 
 
 @pytest.mark.parametrize("variant", ["quiet", "sampling", "plain", "naive", "generate", "decode",

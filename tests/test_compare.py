@@ -51,7 +51,7 @@ def test_every_run_and_every_mean_stands_where_its_number_is(drawn, tmp_path, ca
     accuracy, nll, length = drawn
     for ax, turn in (accuracy, lambda v: v), (nll, lambda v: 1 - v):
         shown = [turn(v) for v in right["base"] + right["thinking"] * 2]   # thinking, and not
-        shown += right["base"] if ax is accuracy else [0.5] * 3            # base, sharpened
+        shown += right["base"] if ax is accuracy else [0.5] * 3            # base, temperature_scaled
         np.testing.assert_allclose(points(ax, 3)[:, 0], sorted(shown))
     two, six = sorted(right["thinking-T2"]), sorted(right["thinking"])
     np.testing.assert_allclose(points(length, 3), [(2, v) for v in two] + [(6, v) for v in six])

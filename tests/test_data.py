@@ -54,7 +54,7 @@ def test_an_id_beyond_the_vocabulary_is_refused_with_its_position(tmp_path):
     folder_of(tmp_path, ["1 2 3", "4 999 5"])
     meta = json.loads((tmp_path / "meta.json").read_text())
     (tmp_path / "meta.json").write_text(json.dumps(meta | {"vocab_size": 500}))
-    crops = data.Crops(data.TokenFile(tmp_path, "train"), 8)    # the whole file, whatever the draw
+    crops = data.Batches(data.TokenFile(tmp_path, "train"), 8)    # the whole file, whatever the draw
     with pytest.raises(ValueError, match="token id 999 at position 5 >= vocab_size 500"):
         crops.batch(0, [0])
 
@@ -170,12 +170,12 @@ def test_a_prepare_killed_over_an_older_one_leaves_it_whole_or_no_meta_json(tmp_
 
 @pytest.mark.parametrize("manner", ["document", "stream"])
 def test_a_row_depends_on_seed_step_and_row_alone(documents, manner):
-    crops = data.Crops(documents, 6, manner, seed=3)
+    crops = data.Batches(documents, 6, manner, seed=3)
     together = crops.batch(7, range(16))
     for row in reversed(range(16)):
-        alone = data.Crops(documents, 6, manner, seed=3).batch(7, [row])
+        alone = data.Batches(documents, 6, manner, seed=3).batch(7, [row])
         assert all(torch.equal(a[row], b[0]) for a, b in zip(together, alone))
-    others = [data.Crops(documents, 6, manner, seed=4).batch(7, range(16)),
+    others = [data.Batches(documents, 6, manner, seed=4).batch(7, range(16)),
               crops.batch(8, range(16)), crops.batch(7, range(16, 32))]
     assert not any(torch.equal(together[0], other[0]) for other in others)
     assert not torch.equal(together[0][1:], crops.batch(8, range(15))[0])     # not of step + row
@@ -183,23 +183,23 @@ def test_a_row_depends_on_seed_step_and_row_alone(documents, manner):
 
 @pytest.mark.parametrize("manner", ["document", "stream"])
 def test_resumed_data_equal_uninterrupted_data(documents, manner):
-    crops = data.Crops(documents, 6, manner)
+    crops = data.Batches(documents, 6, manner)
     uninterrupted = [crops.batch(step, range(4))[0] for step in range(6)]
-    crops = data.Crops(documents, 6, manner)
+    crops = data.Batches(documents, 6, manner)
     resumed = [crops.batch(step, range(4))[0] for step in range(3, 6)]
     assert torch.equal(torch.cat(resumed), torch.cat(uninterrupted[3:]))
 
 
 @pytest.mark.parametrize("manner", ["document", "stream"])
 def test_one_rank_sees_what_two_ranks_with_two_micro_batches_see(documents, manner):
-    crops = data.Crops(documents, 6, manner)
+    crops = data.Batches(documents, 6, manner)
     parts = [crops.batch(2, range(first, first + 2)) for first in (0, 2, 4, 6)]
     for one, of_parts in zip(crops.batch(2, range(8)), zip(*parts)):
         assert torch.equal(one, torch.cat(of_parts))
 
 
 def test_documents_come_whole_or_as_a_window_of_one_document_never_across(documents):
-    crops, seen = data.Crops(documents, 6, "document"), set()
+    crops, seen = data.Batches(documents, 6, "document"), set()
     for ids, valid in zip(*crops.batch(0, range(600))):
         crop = ids[valid].tolist()
         i = (crop[0] - 1) // 20 if crop[0] else (crop[-2] - 1) // 20
@@ -213,7 +213,7 @@ def test_documents_come_whole_or_as_a_window_of_one_document_never_across(docume
 def test_padding_is_on_the_right_is_eos_and_is_not_valid(tmp_path):
     for eos, pad in ((9, 9), (None, 0)):
         file = data.TokenFile(folder_of(tmp_path, ["1 2 3"], eos=eos), "train")
-        ids_BL, valid_BL = data.Crops(file, 6, "document").batch(0, [0])
+        ids_BL, valid_BL = data.Batches(file, 6, "document").batch(0, [0])
         n = file.n_tokens
         assert ids_BL.dtype == torch.int64 and valid_BL.dtype == torch.bool
         assert ids_BL.tolist() == [[1, 2, 3] + [pad] * 3]
@@ -222,7 +222,7 @@ def test_padding_is_on_the_right_is_eos_and_is_not_valid(tmp_path):
 
 def test_the_stream_is_drawn_from_its_first_window_to_its_last(tmp_path):
     file = data.TokenFile(folder_of(tmp_path, ["1 2 3", "4 5", "6"], eos=None), "train")
-    ids_BL, valid_BL = data.Crops(file, 4).batch(0, range(100))
+    ids_BL, valid_BL = data.Batches(file, 4).batch(0, range(100))
     assert valid_BL.all()
     assert {tuple(row) for row in ids_BL.tolist()} == {(1, 2, 3, 4), (2, 3, 4, 5), (3, 4, 5, 6)}
 
@@ -286,9 +286,9 @@ def test_an_index_of_other_tokens_is_refused(tmp_path):
 def test_crops_that_cannot_be_cut_are_refused(tmp_path):
     folder = prepared(tmp_path)
     with pytest.raises(ValueError, match="train.bin has 4 tokens, one crop needs 5"):
-        data.Crops(data.TokenFile(folder, "train"), 5, "stream")
+        data.Batches(data.TokenFile(folder, "train"), 5, "stream")
     with pytest.raises(ValueError, match="manner 'streams' is neither 'document' nor 'stream'"):
-        data.Crops(data.TokenFile(folder, "train"), 2, "streams")
+        data.Batches(data.TokenFile(folder, "train"), 2, "streams")
     with pytest.raises(ValueError, match="val.bin is empty: .* --val_share"):
         data.TokenFile(folder, "val")
 
@@ -312,7 +312,7 @@ def test_the_command_writes_a_folder_that_batches_can_be_drawn_from(tmp_path, mo
     options = "--input=a.jsonl,b.txt --tokenizer=words.json --out=out --val_share=0"
     monkeypatch.setattr(sys, "argv", ["data.py", *options.split()])
     config.run(data.main)
-    ids_BL, _ = data.Crops(data.TokenFile("out", "train"), 13).batch(0, [0])
+    ids_BL, _ = data.Batches(data.TokenFile("out", "train"), 13).batch(0, [0])
     assert ids_BL.tolist() == [[0, 1, 2] * 3 + [1, 1, 1, 2]]
     assert json.loads((tmp_path / "out/meta.json").read_text())["sources"] == ["a.jsonl", "b.txt"]
     assert (tmp_path / "out/words.json").read_bytes() == (tmp_path / "words.json").read_bytes()

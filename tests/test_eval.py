@@ -159,11 +159,11 @@ def test_the_sharpened_base_has_the_temperature_that_suits_the_other_half_of_the
     np.testing.assert_allclose(nll_at[:, evidence.PLAIN], nll, rtol=1e-4, atol=1e-5)
     p_RV = (logits_RV / 2).softmax(-1)
     np.testing.assert_allclose(entropy, -(p_RV * p_RV.log()).sum(-1), rtol=1e-4)
-    value, fitted = evidence.sharpened(nll_at, np.arange(4000), least=True)
+    value, fitted = evidence.temperature_scaled(nll_at, np.arange(4000), least=True)
     assert fitted == [0.5, 0.5] and value.mean() < nll.mean() - 0.05
     spoilt = nll_at.copy()
     spoilt[::2, 0] = -100                                     # what is scored decides nothing
-    value, fitted = evidence.sharpened(spoilt, np.arange(4000), least=True)
+    value, fitted = evidence.temperature_scaled(spoilt, np.arange(4000), least=True)
     assert fitted[0] == 0.5 and np.array_equal(value[::2], nll_at[::2, evidence.PLAIN - 4])
 
 
@@ -173,7 +173,7 @@ def test_the_command_prints_a_table_and_writes_the_same_numbers(call, game, tmp_
     status, out, _ = call(evaluation, *argv, f"--out={tmp_path}/scores.json")
     told = json.loads((tmp_path / "scores.json").read_text())
     assert status == 0 and f"{told['nll_mixed']['mean']:.4f}" in out
-    assert told["tokens"] == 20 and 0 <= told["working_is_right"]["mean"] <= 1
+    assert told["tokens"] == 20 and 0 <= told["reasoning_is_right"]["mean"] <= 1
     assert len(told["difficulty"]) == len(told["by_entropy"]) == len(told["by_weight"]) == 10
     status, out, _ = call(evaluation, *argv, f"--against={tmp_path}/scores.json", "--thoughts=none",
                           f"--out={tmp_path}/none.json")
@@ -209,7 +209,7 @@ def test_two_ranks_score_the_same_tokens_as_one(call, tmp_path):
     (tmp_path / "words.json").write_text(json.dumps(words))
     lines = (" ".join("abc"[i * j % 3] for j in range(2 + i % 9)) for i in range(90))
     prepare(lines, tokenizers.load(tmp_path / "words.json"), tmp_path / "data", 0.9, [])
-    argv = (f"--checkpoint={tmp_path}/quiet", f"--data={tmp_path}/data", "--batch=4")
+    argv = (f"--checkpoint={tmp_path}/quiet", f"--data={tmp_path}/data", "--batch_size=4")
     assert call(evaluation, *argv, f"--out={tmp_path}/one.json")[0] == 0
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                            "--standalone", "eval.py", *argv, f"--out={tmp_path}/two.json"],

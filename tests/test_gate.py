@@ -98,7 +98,7 @@ def test_the_written_gate_opens_at_its_share_when_text_is_read(call, checkpoint,
             for token in given(quiet, tokenizer, held_out.document(i).tolist(), gate=written)[1:]]
     assert np.mean([token.thinks for token in read]) == pytest.approx(0.3, abs=0.01)
     argv = (f"--checkpoint={checkpoint}", "--prompt=ball c : ab cd", "--temperature=1", "--json",
-            "--max_new=20", "--think=gate")
+            "--max_new_tokens=20", "--think=gate")
     assert call(sample, *argv, f"--gate={out}")[0] == 0
     for limit, thinks in ((-torch.inf, {True}), (torch.inf, {False})):
         out.write_text(json.dumps(json.loads(out.read_text()) | {"threshold": limit}))

@@ -1,6 +1,6 @@
-"""The released implementation's own numbers, through the public forward, with its thoughts forced.
+"""The official implementation's own numbers, through the public forward, with its thoughts forced.
 
-Each folder holds a tiny random checkpoint in the released layout, and what the released code made
+Each folder holds a tiny random checkpoint in the official layout, and what the official code made
 of it: losses, rewards, log-probabilities and the gradient of every parameter, in fp32. They were
 made by running that code. GOLDEN_DIR=folder runs another folder of such cases.
 """
@@ -49,16 +49,16 @@ def forward(quiet, arrays, ids_BL, valid_BL, path: str, monkeypatch):
     if "two" in path:
         return quiet(ids_BL, valid_BL, position_BP, thought_BNPT=thought_BNPT, all_logp=True)
     tokens = iter(thought_BNPT.flatten(0, 2).unbind(-1))         # as if they had been sampled
-    monkeypatch.setattr(thoughts, "choose_tokens",
+    monkeypatch.setattr(thoughts, "sample_tokens",
                         lambda hidden_RD, *_: (next(tokens), hidden_RD.new_zeros(len(hidden_RD))))
     outcome = quiet(ids_BL, valid_BL, position_BP, all_logp=True)
     assert torch.equal(outcome.thought_BNPT, thought_BNPT)
     return outcome
 
 
-def close(ours, released, tolerance: float = 1e-5):
-    assert ours.shape == released.shape
-    torch.testing.assert_close(ours, released.to(ours.dtype), rtol=tolerance, atol=tolerance)
+def close(ours, official, tolerance: float = 1e-5):
+    assert ours.shape == official.shape
+    torch.testing.assert_close(ours, official.to(ours.dtype), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -80,10 +80,10 @@ def test_every_value_equals_the_released_one(case, path, monkeypatch):
 def test_every_gradient_equals_the_released_one(case, path, monkeypatch):
     quiet, arrays, ids_BL, valid_BL = read(case)
     forward(quiet, arrays, ids_BL, valid_BL, path, monkeypatch).loss.backward()
-    ours = {formats.file_name(name, "released"): p.grad for name, p in quiet.named_parameters()}
-    released = load_file(case / "grads.safetensors")
-    assert set(ours) == set(released)
-    for name, gradient in released.items():
+    ours = {formats.file_name(name, "official"): p.grad for name, p in quiet.named_parameters()}
+    official = load_file(case / "grads.safetensors")
+    assert set(ours) == set(official)
+    for name, gradient in official.items():
         if name.endswith("_embedding"):                   # stored / 100: its gradient is 100 times
             gradient, mine = gradient[0], 100 * ours[name]
         else:
@@ -94,7 +94,7 @@ def test_every_gradient_equals_the_released_one(case, path, monkeypatch):
 
 
 def test_evaluation_equals_the_released_one(case):
-    """Where there is text; at padding, the released code attends to other nonsense than ours."""
+    """Where there is text; at padding, the official code attends to other nonsense than ours."""
     quiet, arrays, ids_BL, valid_BL = read(case)
     quiet.config = replace(quiet.config, n_thoughts=1, n_true=1)
     thought_BNPT = arrays["eval_thoughts"].long()[:, None]

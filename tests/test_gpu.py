@@ -5,7 +5,7 @@ The fused kernel there is another one, in bf16 alone; Mistral-7B's head counts a
 import pytest
 import torch
 
-from attention import FoldedAttention, join, thought_attention
+from attention import TwoPartAttention, join, thought_attention
 from inference import Generator
 from thoughts import every_position
 from toys import assert_one_phase_loses_no_more, texts, tiny_quiet, uniforms
@@ -29,7 +29,7 @@ def test_folded_attention_loses_no_more_in_bfloat16_than_the_reference(B, N, P, 
     def reference(q, k_text, v_text, *own):
         return thought_attention(q, *join(own), k_text, v_text, position_BP, None)
     found = []
-    for attend, dtype in ((reference, torch.float32), (FoldedAttention.apply, torch.bfloat16),
+    for attend, dtype in ((reference, torch.float32), (TwoPartAttention.apply, torch.bfloat16),
                           (reference, torch.bfloat16)):
         leaves = [t.clone().to(dtype).requires_grad_() for t in inputs]
         out = attend(*leaves)

@@ -11,10 +11,10 @@ import train
 import weights
 from toys import tiny_quiet
 
-THINKING = ("ours", "released")
+THINKING = ("ours", "official")
 
 
-@pytest.fixture(params=["ours", "base", "released", "mistral"])
+@pytest.fixture(params=["ours", "base", "official", "mistral"])
 def checkpoint(request, game, tmp_path):
     """A folder in one of the layouts, of a model with the shell game's 20 words."""
     folder = tmp_path / request.param
@@ -24,7 +24,7 @@ def checkpoint(request, game, tmp_path):
 
 
 def test_sampling(call, checkpoint):
-    argv = (f"--checkpoint={checkpoint}", "--prompt=ball c : ab cd", "--max_new=4")
+    argv = (f"--checkpoint={checkpoint}", "--prompt=ball c : ab cd", "--max_new_tokens=4")
     status, plain, stderr = call(sample, *argv)
     assert (status, stderr) == (0, "") and plain.startswith("ball c : ab cd")
     status, shown, stderr = call(sample, *argv, "--show-thoughts")
@@ -47,22 +47,22 @@ def test_evaluating(call, checkpoint, game, tmp_path):
 def test_training(call, checkpoint, game, tmp_path, objective):
     status, stdout, stderr = call(
         train, f"--init_from={checkpoint}", f"--data={game}/silent", f"--out={tmp_path}/run",
-        f"--objective={objective}", "--steps=2", "--batch=2", "--length=12", "--thought_len=2",
+        f"--objective={objective}", "--steps=2", "--batch_size=2", "--seq_len=12", "--thought_len=2",
         "--n_true=1", "--policy_weight=1", "--eval_every=1", "--eval_texts=4")
     assert (status, stderr) == (0, "") and "done:" in stdout
     trained = weights.load(weights.find_checkpoint(str(tmp_path / "run")))
     assert hasattr(trained, "start_thought") == (objective == "quiet")
-    if objective == "quiet" and checkpoint.name == "released":
+    if objective == "quiet" and checkpoint.name == "official":
         assert trained.config.marker_ids == (20, 21) and trained.config.thought_len == 2
 
 
 def test_every_layout_thinks_the_same(game, tmp_path, call):
-    """The two that hold thoughts, and ours through released and back."""
-    folder, argv = tmp_path / "ours", ("--prompt=ball c : ab cd", "--max_new=6", "--show-thoughts")
+    """The two that hold thoughts, and ours through official and back."""
+    folder, argv = tmp_path / "ours", ("--prompt=ball c : ab cd", "--max_new_tokens=6", "--show-thoughts")
     weights.save(tiny_quiet(model=dict(vocab_size=20, max_seq_len=128)), folder,
                  tokenizer=tokenizers.load(game))
     b, c = tmp_path / "b", tmp_path / "c"
-    assert call(weights, f"--checkpoint={folder}", f"--out={b}", "--layout=released")[0] == 0
+    assert call(weights, f"--checkpoint={folder}", f"--out={b}", "--layout=official")[0] == 0
     assert call(weights, f"--checkpoint={b}", f"--out={c}")[0] == 0
     shown = [call(sample, f"--checkpoint={path}", *argv)[1] for path in (folder, b, c)]
     assert shown[0] == shown[1] == shown[2]
@@ -70,7 +70,7 @@ def test_every_layout_thinks_the_same(game, tmp_path, call):
 
 def test_markers_can_be_reset_as_the_released_evaluation_does(game, tmp_path, call):
     quiet, tokenizer = tiny_quiet(model=dict(vocab_size=20)), tokenizers.load(game)
-    weights.save(quiet, tmp_path / "a", "released", tokenizer=tokenizer)
+    weights.save(quiet, tmp_path / "a", "official", tokenizer=tokenizer)
     argv = (f"--checkpoint={tmp_path}/a", f"--out={tmp_path}/b", "--reset_markers")
     assert call(weights, *argv)[0] == 0
     dash_D = quiet.model.embed.weight[tokenizers.dash_id(tokenizer)]

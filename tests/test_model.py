@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from lm_head import weighted_nll
+from lm_head import chunked_cross_entropy
 from model import CausalContext, KVCache, ModelConfig, NextToken, may_see, rope
 from toys import DenseContext, texts, tiny_mistral, tiny_quiet, uniforms
 
@@ -74,7 +74,7 @@ def test_rope_turns_the_slowest_pair_least():
 @pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 2500])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_chunked_loss_equals_cross_entropy_and_its_gradients(rows, temperature, monkeypatch):
-    monkeypatch.setattr("lm_head.rows_at_a_time", lambda head_VD: 1024)
+    monkeypatch.setattr("lm_head.chunk_rows", lambda head_VD: 1024)
     generator = torch.Generator().manual_seed(0)
     hidden_RD, head_VD, weight_R = (torch.randn(shape, generator=generator, dtype=torch.float64)
                                     for shape in ((rows, 5), (7, 5), (rows,)))
@@ -83,7 +83,7 @@ def test_the_chunked_loss_equals_cross_entropy_and_its_gradients(rows, temperatu
     for chunked in (True, False):
         h, w = (t.clone().requires_grad_() for t in (hidden_RD, head_VD))
         if chunked:
-            loss, nll_R = weighted_nll(h, w, target_R, weight_R, temperature, excluded=(5, 6))
+            loss, nll_R = chunked_cross_entropy(h, w, target_R, weight_R, temperature, masked_ids=(5, 6))
         else:
             nll_R = torch.nn.functional.cross_entropy((h @ w[:5].T) / temperature, target_R,
                                                       reduction="none")
@@ -95,14 +95,14 @@ def test_the_chunked_loss_equals_cross_entropy_and_its_gradients(rows, temperatu
 
 
 def test_the_loss_never_holds_more_than_a_chunk_of_logits(monkeypatch):
-    monkeypatch.setattr("lm_head.rows_at_a_time", lambda head_VD: 4)
+    monkeypatch.setattr("lm_head.chunk_rows", lambda head_VD: 4)
     seen, linear = [], torch.nn.functional.linear
 
     def spy(x, w):
         seen.append(len(x))
         return linear(x, w)
     monkeypatch.setattr("lm_head.F.linear", spy)
-    weighted_nll(torch.randn(10, 5, requires_grad=True), torch.randn(7, 5), torch.zeros(10).long(),
+    chunked_cross_entropy(torch.randn(10, 5, requires_grad=True), torch.randn(7, 5), torch.zeros(10).long(),
                  torch.ones(10))
     assert seen == [4, 4, 2]
 

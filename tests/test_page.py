@@ -181,7 +181,7 @@ def test_the_page_of_a_prompt_holds_every_sample(chromium, call, game, tmp_path)
     import weights
     weights.save(tiny_quiet(model=dict(vocab_size=20, max_seq_len=64)), tmp_path / "model",
                  tokenizer=tokenizers.load(game))
-    argv = (f"--checkpoint={tmp_path}/model", "--prompt=ball c : ab", "--max_new=8",
+    argv = (f"--checkpoint={tmp_path}/model", "--prompt=ball c : ab", "--max_new_tokens=8",
             "--temperature=1", "--samples=3")
     status, text, _ = call(sample, *argv, f"--html={tmp_path}/page.html")
     chromium.open((tmp_path / "page.html").as_uri())

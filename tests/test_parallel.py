@@ -27,7 +27,7 @@ from toys import tiny_quiet
 MODEL = ("--dim=16", "--n_layers=2", "--n_heads=2", "--n_kv_heads=1", "--ffn_dim=32",
          "--max_seq_len=128")
 TOY = ("--thought_len=2", "--n_thoughts=2", "--n_true=2", "--policy_weight=1",
-       "--policy_temperature=1", "--marker_lr=1", "--batch=4", "--length=12", "--lr=2e-4",
+       "--policy_temperature=1", "--marker_lr=1", "--batch_size=4", "--seq_len=12", "--lr=2e-4",
        "--warmup=2", "--eval_texts=8", "--steps=5", "--save_every=3", "--eval_every=3")
 FSDP = "--parallel=fsdp"
 KILLS = int(os.environ.get("KILLS", 2))   # more of them: KILLS=20 pytest tests/test_parallel.py
@@ -58,8 +58,8 @@ def only_line(job: dict) -> str:
 def layouts(game, tmp_path_factory):
     """One run in every layout: a folder for each."""
     out, start = tmp_path_factory.mktemp("layouts"), (*MODEL, *TOY, f"--data={game}/silent")
-    runs = dict(one=(1,), accumulated=(1, "--accumulate=2"), ddp=(2,), fsdp=(2, FSDP),
-                everything=(2, FSDP, "--accumulate=2", "--recompute=1"),
+    runs = dict(one=(1,), accumulated=(1, "--grad_accum=2"), ddp=(2,), fsdp=(2, FSDP),
+                everything=(2, FSDP, "--grad_accum=2", "--recompute=1"),
                 ddp_bf16=(2, "--dtype=bfloat16", "--recompute=1"),     # in two phases, as fsdp does
                 fsdp_bf16=(2, FSDP, "--dtype=bfloat16"),
                 one_unlearnt=(1, "--steps=0"), fsdp_unlearnt=(2, FSDP, "--steps=0"))
@@ -81,7 +81,7 @@ def test_every_layout_learns_what_one_process_learns(layouts, layout):
 
 def test_rows_of_the_two_ranks_are_padded_unequally(game):
     """So that the layouts above would differ if a rank or a micro-batch took a mean of its own."""
-    crops = train.data.Crops(train.data.TokenFile(game / "silent", "train"), 12, "document")
+    crops = train.data.Batches(train.data.TokenFile(game / "silent", "train"), 12, "document")
     counts = [[int(crops.batch(step, rows)[1].sum()) for rows in ([0, 1], [2, 3])]
               for step in range(5)]
     assert sum(first != second for first, second in counts) >= 3
@@ -95,7 +95,7 @@ def test_bfloat16_is_the_same_in_ddp_and_fsdp(layouts):
 def test_what_shards_save_is_what_one_process_saves_byte_for_byte(call, layouts, tmp_path):
     pairs = [[weights.find_checkpoint(layouts / name) for name in ("one_unlearnt",
                                                                    "fsdp_unlearnt")]]
-    for layout in ("base", "released", "mistral"):
+    for layout in ("base", "official", "mistral"):
         pairs.append([tmp_path / f"{layout}-{folder.parent.name}" for folder in pairs[0]])
         for folder, out in zip(pairs[0], pairs[-1]):
             argv = f"--checkpoint={folder}", f"--out={out}", f"--layout={layout}"
@@ -362,7 +362,7 @@ def test_the_scripts_for_7b_run_as_typed_on_a_small_model_of_the_same_layout(gam
 # ------------------------------------------------------------------------------------------ plan.py
 
 SMALL = ("--dim=256", "--n_layers=2", "--n_heads=8", "--n_kv_heads=2", "--ffn_dim=704",
-         "--vocab_size=4096", "--length=16", "--batch=2", "--thought_len=4", "--n_true=2")
+         "--vocab_size=4096", "--seq_len=16", "--batch_size=2", "--thought_len=4", "--n_true=2")
 
 
 def planned(kind: str, world: int, *argv) -> dict:
@@ -375,7 +375,7 @@ def test_two_processes_hold_what_the_plan_says_within_15_percent():
     half, every = "--dtype=bfloat16", "--recompute=0"
     whole = "--dtype=float32"
     cases = [("none", 1, whole), ("ddp", 2, half), ("ddp", 2, whole, every), ("fsdp", 2, whole),
-             ("fsdp", 2, half, every), ("fsdp", 2, half, "--accumulate=2")]
+             ("fsdp", 2, half, every), ("fsdp", 2, half, "--grad_accum=2")]
     done = launch(*(ranks(world, kind, *SMALL, *more, function="measure")
                     for kind, world, *more in cases))
     for (kind, world, *more), job in zip(cases, done):

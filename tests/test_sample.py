@@ -17,7 +17,7 @@ import sample
 from tools import show
 import tokenizer as tokenizers
 import weights
-from inference import Gate, Generator, choose_visible, row_streams
+from inference import Gate, Generator, sample_next, row_streams
 from model import CausalContext, NextToken
 from toys import texts, tiny_quiet
 from tools.trace import Line, generated, given
@@ -135,9 +135,9 @@ def test_a_visible_token_has_the_probability_that_top_k_and_top_p_leave_it(top_k
         before = p[order[:rank]].sum() / p.sum()
         kept[i] = p[i] * (before < top_p and (top_k == 0 or rank < top_k))
     uniform_R = (torch.arange(n) + 0.5) / n
-    found = choose_visible(logits_V.expand(n, -1), uniform_R, temperature, top_k, top_p)
+    found = sample_next(logits_V.expand(n, -1), uniform_R, temperature, top_k, top_p)
     assert np.abs(torch.bincount(found, minlength=6).numpy() / n - kept / kept.sum()).max() < 2e-4
-    edges = choose_visible(logits_V.expand(2, -1), torch.tensor([0, 1 - 2**-24]), temperature,
+    edges = sample_next(logits_V.expand(2, -1), torch.tensor([0, 1 - 2**-24]), temperature,
                            top_k, top_p)
     assert (kept[edges.numpy()] > 0).all()
 
@@ -184,8 +184,8 @@ def test_streamed_text_never_breaks_a_character_nor_shows_a_part_of_the_stop_str
 
 def test_the_end_of_text_ends_it_and_is_not_shown():
     line = Line(BYTES, [0])
-    released = [t.text for i in (1, 11) for t in line.push(sample.Token(0, 0, i, ""))]
-    assert released == ["b"] and line.ended and not line.waiting
+    official = [t.text for i in (1, 11) for t in line.push(sample.Token(0, 0, i, ""))]
+    assert official == ["b"] and line.ended and not line.waiting
 
 
 @pytest.mark.parametrize("n_true", [1, 3])
@@ -222,7 +222,7 @@ def test_a_model_that_cannot_think_reads_a_text_without_thoughts(game):
 # ------------------------------------------------------------------------------------ as it is used
 
 def test_however_it_is_shown_the_seed_decides_the_text(call, checkpoint, tmp_path):
-    argv = (f"--checkpoint={checkpoint}", f"--prompt={PROMPT}", "--max_new=6", "--temperature=1",
+    argv = (f"--checkpoint={checkpoint}", f"--prompt={PROMPT}", "--max_new_tokens=6", "--temperature=1",
             "--seed=3")
     plain = call(sample, *argv)[1]
     assert plain == call(sample, *argv)[1] == call(sample, *argv, f"--html={tmp_path}/a.html")[1]
@@ -238,7 +238,7 @@ def test_however_it_is_shown_the_seed_decides_the_text(call, checkpoint, tmp_pat
 
 
 def test_a_sample_is_the_same_beside_others_and_they_are_shown_in_turn(call, checkpoint):
-    argv = (f"--checkpoint={checkpoint}", f"--prompt={PROMPT}", "--max_new=9", "--temperature=1")
+    argv = (f"--checkpoint={checkpoint}", f"--prompt={PROMPT}", "--max_new_tokens=9", "--temperature=1")
     three = call(sample, *argv, "--samples=3")[1].splitlines()
     assert three[::2] == [f"--- {n} of 3" for n in (1, 2, 3)] and len(set(three)) == 6
     assert three[1] + "\n" == call(sample, *argv)[1]
@@ -248,7 +248,7 @@ def test_a_sample_is_the_same_beside_others_and_they_are_shown_in_turn(call, che
 
 
 def test_a_prompt_may_come_from_a_file_or_standard_input(call, checkpoint, monkeypatch, tmp_path):
-    argv = (f"--checkpoint={checkpoint}", "--max_new=4")
+    argv = (f"--checkpoint={checkpoint}", "--max_new_tokens=4")
     (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT + "\n"))
     assert (call(sample, *argv)[1] == call(sample, *argv, f"--prompt={PROMPT}")[1]
@@ -268,7 +268,7 @@ def test_a_given_text_is_shown_whole_with_the_reward_of_each_thought(call, check
 
 
 def test_the_threshold_hides_thoughts_and_no_token(call, checkpoint):
-    argv = (f"--checkpoint={checkpoint}", f"--prompt={PROMPT}", "--max_new=9", "--temperature=1",
+    argv = (f"--checkpoint={checkpoint}", f"--prompt={PROMPT}", "--max_new_tokens=9", "--temperature=1",
             "--seed=6")
     lines = call(sample, *argv, "--json")[1].splitlines()
     gains = [abs(json.loads(line)["gain"]) for line in lines]
@@ -311,7 +311,7 @@ def test_in_a_terminal_the_text_flows_around_its_thoughts(monkeypatch):
 @pytest.mark.slow
 def test_a_person_at_a_terminal_asks_again_and_again(checkpoint):
     parent, child = pty.openpty()
-    command = [sys.executable, "sample.py", f"--checkpoint={checkpoint}", "--max_new=3"]
+    command = [sys.executable, "sample.py", f"--checkpoint={checkpoint}", "--max_new_tokens=3"]
     person = subprocess.Popen(command, stdin=child, stdout=child, stderr=child,
                               cwd=Path(__file__).parents[1])
     os.close(child)
@@ -370,7 +370,7 @@ def test_a_mistake_is_one_line(call, checkpoint, game, tmp_path, monkeypatch):
             ([given, "--prompt=ball", "--think=gate", f"--gate={tmp_path}/other.json"],
              "other.json is of another checkpoint: fit one on this"),
             ([given, "--samples=2"], "all the same"), ([given, "--top_p=0"], "not above 0"),
-            ([given, "--temperature=-1"], "is below 0"), ([given, "--max_new=0"], "is below 1"),
+            ([given, "--temperature=-1"], "is below 0"), ([given, "--max_new_tokens=0"], "is below 1"),
             ([f"--checkpoint={tmp_path}/none", "--prompt=ball"], "none is missing")):
         status, _, stderr = call(sample, *argv)
         assert status == 2 and words in stderr and stderr.count("\n") == 1, (argv, stderr)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tasks import shell_game
-from data import Crops, TokenFile
+from data import Batches, TokenFile
 from tokenizer import load
 
 LINE = re.compile(r"ball ([a-e]) : ((?:[a-e]{2} ){3,6})now (?:— ((?:[a-e] )+)— )?([a-e]) \.")
@@ -101,7 +101,7 @@ def test_only_the_shell_games_vocabulary_plays(folder, tmp_path):
 
 def test_answer_positions_are_where_the_next_token_is_a_hidden_answer(folder):
     tokenizer = load(folder / "silent")
-    crops = Crops(TokenFile(folder / "silent", "val"), 16, "document")
+    crops = Batches(TokenFile(folder / "silent", "val"), 16, "document")
     ids_BL, valid_BL = crops.batch(0, range(64))
     asks_BL = shell_game.answer_positions(ids_BL, tokenizer)
     assert asks_BL.sum(1).tolist() == [1] * 64 and not (asks_BL & ~valid_BL).any()
@@ -135,8 +135,8 @@ def test_working_is_right_only_if_all_of_it_is(folder, thought, right):
     tokenizer = load(folder)
     line, thought = tokenizer.encode("ball c : ab cd ce ad now a ."), tokenizer.encode(thought)
     for ids in (line, torch.tensor(line[:-2])):                 # with or without its answer
-        assert shell_game.working_is_right(ids, torch.tensor(thought), tokenizer) is right
-    assert not shell_game.working_is_right(line, thought + [len(shell_game.WORDS)], tokenizer)
+        assert shell_game.reasoning_is_right(ids, torch.tensor(thought), tokenizer) is right
+    assert not shell_game.reasoning_is_right(line, thought + [len(shell_game.WORDS)], tokenizer)
 
 
 def test_the_working_shown_is_the_working_asked_for(folder):
@@ -144,4 +144,4 @@ def test_the_working_shown_is_the_working_asked_for(folder):
     for start, swaps, working, _ in games(folder, "aloud", "val"):
         if working:
             line = tokenizer.encode(" ".join(["ball", start, ":", *swaps, "now"]))
-            assert shell_game.working_is_right(line, tokenizer.encode(" ".join(working)), tokenizer)
+            assert shell_game.reasoning_is_right(line, tokenizer.encode(" ".join(working)), tokenizer)

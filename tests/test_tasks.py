@@ -1,4 +1,4 @@
-"""Questions and answers: the released metric, quirks and all, and the sane ones beside it."""
+"""Questions and answers: the official metric, quirks and all, and the sane ones beside it."""
 import json
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def mistral():
 
 
 def released_soft_accuracy(padded_ids, logits_LV, tokenizer) -> float:
-    """The released metric of one row, restated: tokens of 256, right-padded with eos; the logits at
+    """The official metric of one row, restated: tokens of 256, right-padded with eos; the logits at
     j predict the token at j + 1; ids are Mistral v0.1's."""
     def decode(ids):                                 # their decoding spells the special tokens out
         text = "".join("<s>" if i == 1 else "</s>" if i == EOS else f"\0{i}\0" for i in ids)
@@ -71,8 +71,8 @@ def test_the_soft_metric_is_the_released_algorithm_restated(mistral, tmp_path, t
         assert len(questions) == n_rows
         for question in questions:
             ids = mistral.encode(f"{question.text}\nA:{question.answer}\n", bos=True)
-            ours, released, answer = both(ids, mistral, task, random_logits(question.number))
-            assert ours == pytest.approx(released, abs=1e-6), question
+            ours, official, answer = both(ids, mistral, task, random_logits(question.number))
+            assert ours == pytest.approx(official, abs=1e-6), question
             assert 0 < ours < 1
             found |= {question.gold} if task == "commonsense_qa" else set(question.answer)
     assert found >= set("ABCDE") or found >= set(",-.$%0123456789")      # what the rows must cover
@@ -86,8 +86,8 @@ def test_the_released_quirks_are_kept(mistral):
 
     def counted(text):
         ids = mistral.encode(text, bos=True)
-        ours, released, answer = both(ids, mistral, "gsm8k", random_logits(1))
-        assert ours == pytest.approx(released, abs=1e-6)
+        ours, official, answer = both(ids, mistral, "gsm8k", random_logits(1))
+        assert ours == pytest.approx(official, abs=1e-6)
         return [mistral.decode([ids[t]]) for t in answer.counted], answer.among, ours
     assert counted("Q: 1?\nA: 1,250\n")[:2] == ([*"1250", "\n"], known.digits)
     assert counted("Q: 1?\nA: -10\n")[:2] == (["\n"], known.letters)

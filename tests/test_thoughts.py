@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from inference import Generator
-from lm_head import choose_tokens
+from lm_head import sample_tokens
 from model import CausalContext
-from thoughts import count_terms, every_position, mix, true_tokens
+from thoughts import denominators, every_position, mix, true_tokens
 from toys import assert_one_phase_loses_no_more, texts, tiny_quiet, uniforms
 
 
@@ -30,7 +30,7 @@ def serial(quiet, text, uniform_T=None, thought=None):
         if thought is None:
             state = plain_pass(quiet, torch.stack(said))[-1:]
             uniform_R = None if uniform_T is None else uniform_T[t:t + 1]
-            token_R, _ = choose_tokens(state, quiet.model.head.weight, uniform_R, c.marker_ids)
+            token_R, _ = sample_tokens(state, quiet.model.head.weight, uniform_R, c.marker_ids)
             tokens.append(int(token_R[0]))
         said.append(embed(torch.tensor(tokens[t])))
     return tokens, [*said, quiet.end_thought]
@@ -68,7 +68,7 @@ def test_reading_each_token_once_gives_the_loss_and_gradients_of_two_phases(mode
         found.append((outcome, [p.grad for p in quiet.parameters()]))
     (ours, gradients), (theirs, their_gradients) = found
     assert torch.equal(ours.thought_BNPT, theirs.thought_BNPT)
-    torch.testing.assert_close(ours.surprise_BNP, theirs.surprise_BNP, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.thought_nll_BNP, theirs.thought_nll_BNP, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-5)
     for a, b in zip(gradients, their_gradients):
         assert (a is None) == (b is None)
@@ -84,7 +84,7 @@ def test_the_graded_pass_equals_a_plain_pass_over_text_thought_and_true_tokens(e
     quiet, ids_BL = tiny_quiet(n_true=3), texts(2, 8)
     position_BP = every_position(ids_BL) if every else torch.tensor([[0, 4], [3, 6]])
     thought_BNPT = texts(2 * 2 * position_BP.shape[1], 3, seed=3).view(2, 2, -1, 3)
-    base_BLD, hanging_BNPMD = quiet.grade(ids_BL, position_BP, thought_BNPT, every)
+    base_BLD, branch_BNPMD = quiet.grade(ids_BL, position_BP, thought_BNPT, every)
     for b in range(2):
         torch.testing.assert_close(base_BLD[b], plain_pass(quiet, quiet.model.embed(ids_BL[b])),
                                    rtol=1e-5, atol=1e-5)
@@ -93,7 +93,7 @@ def test_the_graded_pass_equals_a_plain_pass_over_text_thought_and_true_tokens(e
                 _, said = serial(quiet, ids_BL[b, :j + 1], thought=thought_BNPT[b, n, p])
                 true = quiet.model.embed(ids_BL[b, j + 1:j + 3])
                 states = plain_pass(quiet, torch.stack([*said, *true]))[j + 1:]
-                torch.testing.assert_close(hanging_BNPMD[b, n, p, :len(states)], states,
+                torch.testing.assert_close(branch_BNPMD[b, n, p, :len(states)], states,
                                            rtol=1e-5, atol=1e-5)
 
 
@@ -102,8 +102,8 @@ def test_training_evaluation_and_generation_insert_the_same_tokens_at_the_same_p
     quiet, ids_BL = tiny_quiet(n_thoughts=1), texts(3, 8)
     base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = quiet.predict(ids_BL)
     position_BP = every_position(ids_BL, last=True)
-    base_BLD, hanging_BNPMD = quiet.grade(ids_BL, position_BP, thought_BNPT, True)
-    mixed_BNPAD, weight_BNPA = quiet.mixed(base_BLD, hanging_BNPMD[..., 4:5, :], position_BP)
+    base_BLD, branch_BNPMD = quiet.grade(ids_BL, position_BP, thought_BNPT, True)
+    mixed_BNPAD, weight_BNPA = quiet.mixed(base_BLD, branch_BNPMD[..., 4:5, :], position_BP)
     torch.testing.assert_close(mixed_BNPAD[..., 0, :], mixed_BNPD, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weight_BNPA[..., 0], weight_BNP, rtol=1e-5, atol=1e-5)
 
@@ -165,7 +165,7 @@ def test_thoughts_see_the_text():
     thought_BNPT = torch.zeros(1, 2, 6, 3, dtype=torch.long)
     before, after = (quiet.grade(x, every_position(x), thought_BNPT, True)[1]
                      for x in (ids_BL, changed_BL))
-    assert (before - after).abs().amax(-1).min() > 1e-6     # every hanging token of every position
+    assert (before - after).abs().amax(-1).min() > 1e-6     # every branch token of every position
 
 
 def test_thoughts_do_not_see_each_other_nor_the_future():
@@ -185,8 +185,8 @@ def test_look_ahead_never_sees_its_target():
     thought_BNPT = texts(16, 3, seed=5).view(1, 2, 8, 3)
 
     def predictions(x_BL):
-        base_BLD, hanging_BNPMD = quiet.grade(x_BL, every_position(x_BL), thought_BNPT, True)
-        return quiet.mixed(base_BLD, hanging_BNPMD[..., 4:, :], every_position(x_BL))[0][0, :, j]
+        base_BLD, branch_BNPMD = quiet.grade(x_BL, every_position(x_BL), thought_BNPT, True)
+        return quiet.mixed(base_BLD, branch_BNPMD[..., 4:, :], every_position(x_BL))[0][0, :, j]
     before = predictions(ids_BL)
     for a in range(A):
         changed_BL = ids_BL.clone()
@@ -198,34 +198,34 @@ def test_look_ahead_never_sees_its_target():
 def test_true_tokens_are_the_next_ones_and_are_scored_where_they_exist():
     ids_BL = torch.arange(10, 16)[None]
     valid_BL = torch.tensor([[True] * 5 + [False]])
-    target_BPA, scored_BPA = true_tokens(ids_BL, valid_BL, torch.tensor([[0, 3, 4]]), 2)
+    target_BPA, target_mask_BPA = true_tokens(ids_BL, valid_BL, torch.tensor([[0, 3, 4]]), 2)
     assert target_BPA[0, :2].tolist() == [[11, 12], [14, 15]]
-    assert scored_BPA[0].tolist() == [[True, True], [True, False], [False, False]]
+    assert target_mask_BPA[0].tolist() == [[True, True], [True, False], [False, False]]
 
 
 def test_markers_are_never_sampled():
     hidden_RD, head_VD = torch.randn(500, 4), torch.randn(6, 4)
     markers = (2, 5)
     for uniform_R in (torch.rand(500), torch.ones(500) - 2**-24, torch.zeros(500), None):
-        token_R, surprise_R = choose_tokens(hidden_RD, head_VD, uniform_R, markers)
+        token_R, thought_nll_R = sample_tokens(hidden_RD, head_VD, uniform_R, markers)
         assert not torch.isin(token_R, torch.tensor(markers)).any()
-        assert torch.isfinite(surprise_R).all()
+        assert torch.isfinite(thought_nll_R).all()
 
 
 def test_uniform_numbers_choose_tokens_with_the_models_probabilities():
     generator = torch.Generator().manual_seed(0)
     hidden_D, head_VD = torch.randn(4, generator=generator), torch.randn(7, 4, generator=generator)
     uniform_R = (torch.arange(20000) + 0.5) / 20000              # a grid: frequencies become exact
-    token_R, surprise_R = choose_tokens(hidden_D.expand(20000, 4), head_VD, uniform_R)
+    token_R, thought_nll_R = sample_tokens(hidden_D.expand(20000, 4), head_VD, uniform_R)
     p_V = (head_VD @ hidden_D).softmax(-1)
     frequency_V = torch.bincount(token_R, minlength=7) / 20000
     torch.testing.assert_close(frequency_V, p_V, rtol=0, atol=1e-4)
-    torch.testing.assert_close(surprise_R, -p_V.log()[token_R], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(thought_nll_R, -p_V.log()[token_R], rtol=1e-4, atol=1e-4)
 
 
 def test_greedy_thoughts_are_a_true_argmax():
     hidden_RD, head_VD = torch.randn(50, 4), torch.randn(7, 4)
-    assert torch.equal(choose_tokens(hidden_RD, head_VD)[0], (hidden_RD @ head_VD.T).argmax(-1))
+    assert torch.equal(sample_tokens(hidden_RD, head_VD)[0], (hidden_RD @ head_VD.T).argmax(-1))
 
 
 def test_thoughts_in_training_differ_within_a_position():
@@ -308,7 +308,7 @@ def test_micro_batches_with_unequal_padding_equal_one_batch():
     valid_BL = torch.arange(9) < torch.tensor([9, 3, 6, 2])[:, None]
     uniform_BNPT = uniforms(4, 2, 8, 3)
     whole = gradient(quiet, ids_BL, valid_BL, uniform_BNPT=uniform_BNPT)
-    terms = count_terms(valid_BL, quiet.config)
+    terms = denominators(valid_BL, quiet.config)
     quiet.zero_grad()
     loss = 0
     for rows in (slice(0, 1), slice(1, 4)):
@@ -336,7 +336,7 @@ def test_padding_changes_nothing():
 def test_every_average_names_its_denominator():
     quiet = tiny_quiet(n_true=2)
     valid_BL = torch.arange(7) < torch.tensor([7, 4])[:, None]
-    terms = count_terms(valid_BL, quiet.config).tolist()
+    terms = denominators(valid_BL, quiet.config).tolist()
     assert terms == [6 + 3,                       # base: next tokens that exist
                      (6 + 3) * 2, (5 + 2) * 2,    # mixed, at a = 0 and 1, times N
                      2 * 4 * 2 * 3]               # policy: B * (L - 1 - A) * N * T, padding counted
@@ -366,7 +366,7 @@ def test_log_probabilities_that_the_loss_does_not_need_are_not_computed():
 
 def test_filler_tokens_are_the_start_marker_and_teach_no_policy():
     quiet, ids_BL = tiny_quiet(filler=True), texts(2, 6)
-    x_BNPMD = quiet.embed_hanging(torch.zeros(1, 1, 1, 3, dtype=torch.long))
+    x_BNPMD = quiet.embed_branch(torch.zeros(1, 1, 1, 3, dtype=torch.long))
     assert (x_BNPMD[0, 0, 0, :4] == quiet.start_thought).all()
     out = quiet(ids_BL, torch.ones_like(ids_BL).bool(), uniform_BNPT=uniforms(2, 2, 5, 3))
     assert float(out.loss_policy) == 0.0

@@ -20,7 +20,7 @@ import weights
 MODEL = ("--dim=16", "--n_layers=1", "--n_heads=2", "--n_kv_heads=1", "--ffn_dim=32",
          "--max_seq_len=128")
 TOY = ("--thought_len=2", "--n_thoughts=2", "--n_true=2", "--policy_weight=1",
-       "--policy_temperature=1", "--marker_lr=1", "--batch=4", "--length=12", "--lr=1e-2",
+       "--policy_temperature=1", "--marker_lr=1", "--batch_size=4", "--seq_len=12", "--lr=1e-2",
        "--warmup=2", "--eval_texts=8", "--steps=6", "--save_every=3", "--eval_every=3")
 
 
@@ -85,7 +85,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(call, game, whole_run, tmp_pat
 
 
 def test_accumulation_equals_one_large_batch(call, game, whole_run, tmp_path):
-    assert call(train, *toy(game, tmp_path / "run", "--accumulate=4"))[0] == 0
+    assert call(train, *toy(game, tmp_path / "run", "--grad_accum=4"))[0] == 0
     assert_same_run_but_for_rounding(tmp_path / "run", whole_run)
 
 
@@ -129,14 +129,14 @@ def test_the_optimizer_has_four_groups_with_their_own_rates(game):
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
-    cfg = train.TrainConfig(out="x", data="x", lr=1.0, lr_end=0.1, warmup=10, steps=110)
+    cfg = train.TrainConfig(out="x", data="x", lr=1.0, min_lr=0.1, warmup=10, steps=110)
     assert train.lr_at(0, cfg) == pytest.approx(0.1) and train.lr_at(9, cfg) == pytest.approx(1.0)
     assert train.lr_at(60, cfg) == pytest.approx(0.55)
     assert train.lr_at(110, cfg) == pytest.approx(0.1)
 
 
 def test_thoughts_depend_on_seed_step_and_row_alone():
-    cfg = train.TrainConfig(out="x", data="x", length=5)
+    cfg = train.TrainConfig(out="x", data="x", seq_len=5)
     thought = train.ThoughtConfig(thought_len=2)
     def draws(step, rows):
         return train.thought_draws(cfg, thought, step, rows)["uniform_BNPT"]
@@ -146,7 +146,7 @@ def test_thoughts_depend_on_seed_step_and_row_alone():
 
 
 def test_a_share_of_the_positions_thinks_chosen_anew_at_every_step(call, game, tmp_path):
-    cfg = train.TrainConfig(out="x", data="x", length=11, think_share=0.25)
+    cfg = train.TrainConfig(out="x", data="x", seq_len=11, think_share=0.25)
     draws = train.thought_draws(cfg, train.ThoughtConfig(thought_len=2), 7, range(50))
     position_BP = draws["position_BP"]
     assert position_BP.shape == (50, 3) and (position_BP.diff(dim=1) > 0).all()
@@ -202,16 +202,16 @@ def test_killed_at_random_moments_and_resumed_it_ends_in_the_same_weights(call, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_says_where_and_exits_cleanly(
         call, game, whole_run, tmp_path, monkeypatch, number):
-    out, crop = tmp_path / "run", train.data.Crops.batch
+    out, crop = tmp_path / "run", train.data.Batches.batch
 
     def interrupted(self, step, r):
         if step == 4:
             os.kill(os.getpid(), number)
         return crop(self, step, r)
-    monkeypatch.setattr(train.data.Crops, "batch", interrupted)
+    monkeypatch.setattr(train.data.Batches, "batch", interrupted)
     status, stdout, _ = call(train, *toy(game, out))
     assert status == 0 and f"at step 5: saved {out}/step-000005" in stdout
-    monkeypatch.setattr(train.data.Crops, "batch", crop)
+    monkeypatch.setattr(train.data.Batches, "batch", crop)
     assert call(train, "--init_from=resume", f"--out={out}")[0] == 0
     assert_same_weights(out, whole_run)
 
@@ -293,11 +293,11 @@ def test_checkpoints_are_a_runs_own_in_the_order_of_their_steps(tmp_path):
     (["--steps=many"], "--steps: invalid int value: 'many'"),
     (["--stepz=3"], "unknown option --stepz=3; did you mean --steps?"),
     (["--data=nowhere"], "nowhere"),
-    (["--length=100000", "--crops=stream"], "100000"),
+    (["--seq_len=100000", "--crops=stream"], "100000"),
     (["--thought_len=500"], "exceed the context of 128"),
     (["--save_every=0"], "--save_every=0 is below 1"),
-    (["--accumulate=0"], "--accumulate=0 is below 1"),
-    (["--batch=5", "--accumulate=2"], "batch=5 does not divide into 1 ranks x accumulate=2"),
+    (["--grad_accum=0"], "--grad_accum=0 is below 1"),
+    (["--batch_size=5", "--grad_accum=2"], "--batch_size=5 does not divide into 1 ranks x --grad_accum=2"),
     (["--objective=loud"], "--objective=loud is not one of quiet, plain"),
     (["--init_from=nowhere"], "nowhere is missing"),
     (["--init_from=resume"], "nothing to resume"),
@@ -314,7 +314,7 @@ def test_a_mistake_is_one_line_and_status_2(call, game, tmp_path, changes, words
 
 def test_a_checkpoint_brings_its_thoughts_settings_and_its_architecture(
         call, game, whole_run, tmp_path):
-    argv = (f"--init_from={whole_run}", f"--data={game}/silent", "--batch=2", "--length=12",
+    argv = (f"--init_from={whole_run}", f"--data={game}/silent", "--batch_size=2", "--seq_len=12",
             "--steps=1")
     assert call(train, *argv, f"--out={tmp_path}/a", "--n_true=1")[0] == 0
     thinking = weights.load(weights.find_checkpoint(str(tmp_path / "a"))).config

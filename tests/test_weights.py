@@ -255,16 +255,16 @@ def test_released_checkpoints_survive_ours_and_released_bit_for_bit(case, tmp_pa
     stored = load_file(case / "model.safetensors")
     assert isinstance(model, QuietSTaR) and model.config.marker_ids == (78, 79)
     assert torch.equal(model.start_thought, stored["start_embedding"][0] * 100)
-    for layout in ("ours", "released"):
+    for layout in ("ours", "official"):
         weights.save(model, tmp_path / layout, layout)
         again = weights.load(tmp_path / layout)
         assert_same_parameters(model, again)
         assert (again.config, again.model.config) == (model.config, model.model.config)
-    again = load_file(tmp_path / "released" / "model.safetensors")
+    again = load_file(tmp_path / "official" / "model.safetensors")
     assert again.keys() == stored.keys()
     assert all(again[name].shape == stored[name].shape for name in stored)
     before = json.loads((case / "config.json").read_text())
-    after = json.loads((tmp_path / "released" / "config.json").read_text())
+    after = json.loads((tmp_path / "official" / "config.json").read_text())
     for key in before.keys() - {"bos_token_id", "eos_token_id"}:           # the tokenizer's to say
         assert after[key] == before[key], key
 
@@ -272,9 +272,9 @@ def test_released_checkpoints_survive_ours_and_released_bit_for_bit(case, tmp_pa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_markers_of_a_released_checkpoint_do_not_drift(dtype, tmp_path):
     quiet = tiny_quiet(model=dict(dim=512, n_heads=4)).to(dtype)
-    weights.save(quiet, tmp_path / "0", "released")
+    weights.save(quiet, tmp_path / "0", "official")
     first = weights.load(tmp_path / "0", dtype=None)
-    weights.save(first, tmp_path / "1", "released")
+    weights.save(first, tmp_path / "1", "official")
     assert_same_parameters(first, weights.load(tmp_path / "1", dtype=None))
     assert torch.allclose(first.start_thought, quiet.start_thought.float(), rtol=1e-2, atol=0)
 
@@ -309,7 +309,7 @@ def test_a_checkpoint_thinks_if_its_tensors_do_whatever_its_config_says(tmp_path
 
 def test_exporting_as_released_adds_two_rows_that_are_the_markers(tmp_path):
     quiet = tiny_quiet()
-    weights.save(quiet, tmp_path, "released")
+    weights.save(quiet, tmp_path, "official")
     stored = load_file(tmp_path / "model.safetensors")
     assert stored["model.embed_tokens.weight"].shape == (25, 16)
     assert torch.equal(stored["model.embed_tokens.weight"][23], quiet.start_thought)
@@ -358,8 +358,8 @@ def test_a_model_that_starts_to_think_predicts_as_before():
 
 
 def test_what_is_trained_from_bfloat16_files_is_exact_in_float32(tmp_path):
-    """The markers of the released layout are multiplied, after they are cast."""
-    for layout, tied in (("released", False), ("ours", True)):
+    """The markers of the official layout are multiplied, after they are cast."""
+    for layout, tied in (("official", False), ("ours", True)):
         weights.save(tiny_quiet(model=dict(tied=tied)), tmp_path / layout, layout, torch.bfloat16)
         stored = weights.load(tmp_path / layout, dtype=None)
         trained = parallel.spread(stored, parallel.Place(0, 1, torch.device("cpu")))
@@ -537,13 +537,13 @@ def test_a_killed_save_never_looks_whole(layout, tmp_path, monkeypatch):
 
 def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "a.txt"
-    weights.write_atomically(path, lambda temporary: temporary.write_text("whole"))
+    weights.atomic_write(path, lambda temporary: temporary.write_text("whole"))
 
     def half(temporary):
         temporary.write_text("ha")
         raise OSError("disk full")
     with pytest.raises(OSError, match="disk full"):
-        weights.write_atomically(path, half)
+        weights.atomic_write(path, half)
     assert path.read_text() == "whole" and os.listdir(tmp_path) == ["a.txt"]
 
 
@@ -761,7 +761,7 @@ def test_a_folder_without_a_checkpoint_or_with_a_broken_config_is_one_line(singl
 
 
 def test_save_refuses_what_a_layout_cannot_hold(tmp_path):
-    for layout in ("released", "onnx"):
+    for layout in ("official", "onnx"):
         with pytest.raises(ValueError, match=f"layout '{layout}' is not one of"):
             weights.save(tiny_mistral(), tmp_path, layout)
     assert not list(tmp_path.iterdir())
@@ -776,7 +776,7 @@ def test_the_command_converts_and_brings_the_tokenizer(tmp_path):
     words = json.dumps(dict(words=[f"w{i}" for i in range(22)], bos=None, eos="w3"))
     (tmp_path / "ours" / "words.json").write_text(words)
     options = [f"--checkpoint={tmp_path / 'ours'}", f"--out={tmp_path / 'out'}",
-               "--layout=released", "--dtype=bfloat16"]
+               "--layout=official", "--dtype=bfloat16"]
     subprocess.run([sys.executable, ROOT / "weights.py", *options], check=True)
     assert (tmp_path / "out" / "words.json").read_text() == words
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 3

@@ -73,9 +73,9 @@ class DenseContext:
 
 def dense_grade(quiet: QuietSTaR, ids_BL, position_BP, thought_BNPT):
     """`QuietSTaR.grade` under the whole [text + thoughts]^2 mask of the one rule."""
-    hanging_BNPMD = quiet.embed_hanging(thought_BNPT,
+    branch_BNPMD = quiet.embed_branch(thought_BNPT,
                                         ahead(ids_BL, position_BP, quiet.config.n_true - 1))
-    (B, L), (_, N, P, M, _) = ids_BL.shape, hanging_BNPMD.shape
+    (B, L), (_, N, P, M, _) = ids_BL.shape, branch_BNPMD.shape
     text = torch.arange(L).expand(B, L)
     position = torch.cat((text, position_BP[:, None, :, None].expand(B, N, P, M).flatten(1)), dim=1)
     step = torch.cat((torch.zeros(L).long(), torch.arange(1, M + 1).repeat(N * P)))
@@ -85,7 +85,7 @@ def dense_grade(quiet: QuietSTaR, ids_BL, position_BP, thought_BNPT):
     def mask_of_window(window):
         return may_attend((position[:, :, None], step[:, None]), (position[:, None], step[None]),
                           same, window)[:, None]
-    x_BSD = torch.cat((quiet.model.embed(ids_BL), hanging_BNPMD.flatten(1, 3)), dim=1)
+    x_BSD = torch.cat((quiet.model.embed(ids_BL), branch_BNPMD.flatten(1, 3)), dim=1)
     hidden_BSD = quiet.model.transform(x_BSD, DenseContext(position + step, mask_of_window))
     return hidden_BSD[:, :L], hidden_BSD[:, L:].unflatten(1, (N, P, M))
 

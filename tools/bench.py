@@ -42,8 +42,8 @@ class BenchConfig:
     shape: str = "cpu"                # cpu | 7b: defaults of the model's and the thoughts' options
     device: str = "auto"              # auto | cpu | cuda
     dtype: str = "float32"            # of the weights: float32 | bfloat16
-    length: int = 256                 # tokens of a text, or of the context when generating
-    batch: int = 1                    # texts
+    seq_len: int = 256                 # tokens of a text, or of the context when generating
+    batch_size: int = 1                    # texts
     recompute: int = 0                # activation checkpointing of every n-th block; 0 none, 1 all
     compile: bool = False             # of the blocks in training, of whole passes in generation
     rounds: int = 3                   # fresh processes per variant
@@ -67,19 +67,19 @@ def step_flops(m: ModelConfig, c: ThoughtConfig, B: int, L: int, two_phase: bool
     """A training step's, its sampling's, and `plain` training's on as many tokens. Masked pairs do
     not count, nor recomputation; half of the thoughts have an advantage, and only they see the
     head. `once`: each token forward and backward once, start markers for each thought."""
-    P, T, M, hanging = L - 1, c.thought_len, c.thought_len + c.n_true + 1, B * c.n_thoughts
-    causal, texts = L * (L + 1) / 2, B + hanging * M
+    P, T, M, branch = L - 1, c.thought_len, c.thought_len + c.n_true + 1, B * c.n_thoughts
+    causal, texts = L * (L + 1) / 2, B + branch * M
 
     def pairs(n):                     # n tokens behind each position, with the text and each other
-        return B * causal + hanging * (n * P * (P + 1) / 2 + P * n * (n + 1) / 2)
-    scored = B * P + hanging * sum(L - 1 - a for a in range(c.n_true))
-    policy = hanging * max(0, P - c.n_true) * T * (0.5 if c.n_thoughts > 1 else 0)
-    mixing = 2.0 * m.dim * (3 * m.dim + 1) * hanging * P * c.n_true
-    forward = forward_flops(m, B * L + hanging * P * M, pairs(M), scored + policy) + mixing
-    once = 3 * forward + 2.0 * m.dim * m.vocab_size * hanging * P * T
-    alike = (hanging - B) * P * (T > 0)                # start markers that another stands for
+        return B * causal + branch * (n * P * (P + 1) / 2 + P * n * (n + 1) / 2)
+    scored = B * P + branch * sum(L - 1 - a for a in range(c.n_true))
+    policy = branch * max(0, P - c.n_true) * T * (0.5 if c.n_thoughts > 1 else 0)
+    mixing = 2.0 * m.dim * (3 * m.dim + 1) * branch * P * c.n_true
+    forward = forward_flops(m, B * L + branch * P * M, pairs(M), scored + policy) + mixing
+    once = 3 * forward + 2.0 * m.dim * m.vocab_size * branch * P * T
+    alike = (branch - B) * P * (T > 0)                # start markers that another stands for
     saved = forward_flops(m, alike, alike * ((P + 1) / 2 + 1), 0)
-    sampling = forward_flops(m, B * L + hanging * P * T, pairs(T), hanging * P * T) - saved
+    sampling = forward_flops(m, B * L + branch * P * T, pairs(T), branch * P * T) - saved
     return {"sampling": sampling, "once": once, "naive": once,
             "quiet": sampling + 3 * forward if two_phase else once - 3 * saved,
             "plain": 3 * forward_flops(m, texts * L, texts * causal, texts * P)}
@@ -118,10 +118,10 @@ def build(cfg: BenchConfig, m: ModelConfig, c: ThoughtConfig, device: str) -> Qu
 def runner(cfg: BenchConfig, quiet: QuietSTaR, device: str):
     """What one run of a variant does, as a function: a training step, or a token for each text."""
     c, name, plain = quiet.config, cfg.variant, NextToken(quiet.model)
-    texts = cfg.batch * (1 + c.n_thoughts * (c.thought_len + c.n_true + 1) * (name == "plain"))
-    ids_BL = torch.randint(quiet.model.config.vocab_size, (texts, cfg.length), device=device)
+    texts = cfg.batch_size * (1 + c.n_thoughts * (c.thought_len + c.n_true + 1) * (name == "plain"))
+    ids_BL = torch.randint(quiet.model.config.vocab_size, (texts, cfg.seq_len), device=device)
     valid_BL = torch.ones_like(ids_BL, dtype=torch.bool)
-    uniform_BNPT = torch.rand(cfg.batch, c.n_thoughts, cfg.length - 1, c.thought_len, device=device)
+    uniform_BNPT = torch.rand(cfg.batch_size, c.n_thoughts, cfg.seq_len - 1, c.thought_len, device=device)
     if name in ("generate", "decode"):
         return Generator(quiet, ids_BL, valid_BL.sum(1), 64, 0, think=name == "generate",
                          compiled=cfg.compile).step
@@ -147,7 +147,7 @@ def measure(cfg: BenchConfig, m: ModelConfig, c: ThoughtConfig, device: str) -> 
     before, quiet = peak(device), build(cfg, m, c, device)
     found = dict(seconds=shortest(runner(cfg, quiet, device), 3), peak=peak(device),
                  weights=sum(p.numel() * p.element_size() for p in quiet.parameters()))
-    flops = step_flops(m, c, cfg.batch, cfg.length, two_phase=cfg.recompute > 0)
+    flops = step_flops(m, c, cfg.batch_size, cfg.seq_len, two_phase=cfg.recompute > 0)
     n, size = (8192, 2 ** 32) if device == "cuda" else (2048, 2 ** 27)
     a_nn = torch.randn(n, n, device=device).to(quiet.end_thought.dtype)
     block, copy = torch.empty(2, size, dtype=torch.uint8, device=device)
@@ -172,7 +172,7 @@ def collect(cfg: BenchConfig, variants: dict[str, str]) -> dict[str, dict[str, f
 
 def train_table(cfg: BenchConfig, c: ThoughtConfig):
     grown = [f"quiet --{name}={n}" for name, n in (
-        ("length", 2 * cfg.length), ("thought_len", 2 * c.thought_len), ("n_true", 2 * c.n_true),
+        ("length", 2 * cfg.seq_len), ("thought_len", 2 * c.thought_len), ("n_true", 2 * c.n_true),
         ("n_thoughts", 2 * c.n_thoughts), ("vocab_size", 32000))]
     variants = ["quiet", "sampling", "plain", "naive"][:3 + (cfg.shape == "cpu")]  # 7B: > 100 GB
     variants = variants[:1 if cfg.kind == "growth" else 4] + grown * (cfg.kind != "train")
@@ -186,7 +186,7 @@ def train_table(cfg: BenchConfig, c: ThoughtConfig):
               f"{f['flops'] / f['seconds'] / f['matmul']:.0%} |")
     if cfg.kind != "growth":
         times = s / (found["plain"]["seconds"] + found["sampling"]["seconds"])
-        speed = cfg.batch * cfg.length / s
+        speed = cfg.batch_size * cfg.seq_len / s
         print(f"\n{times:.2f} times plain + sampling; {speed:.0f} text tokens/s; "
               f"each token counted once, {once / s / rate:.0%} of {rate / 1e12:.3g} TFLOP/s")
 
@@ -196,7 +196,7 @@ def generate_table(cfg: BenchConfig, c: ThoughtConfig):
           "of the bandwidth floor | the naive way, ms |\n" + "|---" * 8 + "|")
     small, T = cfg.shape == "cpu", c.thought_len
     for length, batch in ((64, 1), (256, 1)) if small else ((256, 1), (256, 64)):
-        found = collect(cfg, {name: f"--variant={name} --length={length} --batch={batch}"
+        found = collect(cfg, {name: f"--variant={name} --seq_len={length} --batch_size={batch}"
                               for name in ("generate", "decode", "rethink")[:2 + small]})
         ms, plain, *naive = (1e3 * f["seconds"] for f in found.values())
         floor = 1e3 * (T + 1) * found["generate"]["weights"] / found["generate"]["bandwidth"]
@@ -218,7 +218,7 @@ def main():
         return print(json.dumps(measure(cfg, m, c, device)))
     print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'one CPU thread'}, {cfg.dtype}, "
           f"recompute {cfg.recompute}, {m.n_layers} layers, D {m.dim}, V {m.vocab_size}, "
-          f"B {cfg.batch}, L {cfg.length}, T {c.thought_len}, A {c.n_true}, N {c.n_thoughts}")
+          f"B {cfg.batch_size}, L {cfg.seq_len}, T {c.thought_len}, A {c.n_true}, N {c.n_thoughts}")
     if cfg.kind != "generate":
         train_table(cfg, c)
     if cfg.kind in ("generate", "all"):

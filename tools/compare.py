@@ -24,9 +24,9 @@ from tools.figures import BASE, MIXED, MUTED, canvas, runs
 
 CONTROLS = (                              # what is said, whose runs, which of their predictions
     ("base", "base", "base"),
-    ("base, sharpened by a temperature", "base", "sharp"),
+    ("base, temperature_scaled by a temperature", "base", "sharp"),
     ("plain training goes on", "plain", "base"),
-    ("the same, sharpened", "plain", "sharp"),
+    ("the same, temperature_scaled", "plain", "sharp"),
     ("filler tokens, trained alike", "filler", "mixed"),
     ("without REINFORCE", "no-reinforce", "mixed"),
     ("Quiet-STaR, not thinking", "thinking", "base"),

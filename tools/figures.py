@@ -43,9 +43,9 @@ def mask(out: str, text_len: int = 5, thought_len: int = 2, n_true: int = 2):
     figure, (ax,) = canvas(1, 7.2, 7.2)
     tokens = [(j, 0) for j in range(text_len)]
     names = [f"x{j}" for j in range(text_len)]
-    hanging = ["start", *(f"y{t + 1}" for t in range(thought_len)), "end"]
+    branch = ["start", *(f"y{t + 1}" for t in range(thought_len)), "end"]
     for j in range(text_len - 1):
-        inner = hanging + [f"x{j + a + 1}" for a in range(n_true - 1)]
+        inner = branch + [f"x{j + a + 1}" for a in range(n_true - 1)]
         tokens += [(j, s + 1) for s in range(len(inner))]
         names += inner
     position, step = torch.tensor(tokens).T
@@ -56,7 +56,7 @@ def mask(out: str, text_len: int = 5, thought_len: int = 2, n_true: int = 2):
     ax.imshow(colours, cmap=ListedColormap(["#f4f4f4", BASE, MIXED]), interpolation="nearest")
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     ax.set_yticks(range(len(names)), names, fontsize=7)
-    edges = [text_len + (len(hanging) + n_true - 1) * j - 0.5 for j in range(text_len)]
+    edges = [text_len + (len(branch) + n_true - 1) * j - 0.5 for j in range(text_len)]
     for edge in edges:
         ax.axhline(edge, color="white", linewidth=2)
         ax.axvline(edge, color="white", linewidth=2)
@@ -130,7 +130,7 @@ def top(path: str, log: str, out: str):
     figure.savefig(out, dpi=130)
 
 
-COLUMNS = ("right_base", "right_mixed", "nll_base", "nll_sharp", "nll_mixed", "working_is_right")
+COLUMNS = ("right_base", "right_mixed", "nll_base", "nll_sharp", "nll_mixed", "reasoning_is_right")
 
 
 def evaluated(path: str, *names: str) -> dict:

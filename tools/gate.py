@@ -27,8 +27,8 @@ import tokenizer as tokenizers
 import weights
 from eval import Scores, held_out_texts
 from inference import Gate
-from lm_head import rows_at_a_time
-from thoughts import QuietSTaR, visible_logits
+from lm_head import chunk_rows
+from thoughts import QuietSTaR, logits_without_markers
 
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)   # of the positions, in the table
 
@@ -62,12 +62,12 @@ def observe(quiet: QuietSTaR, token_file, texts: slice, length: int, batch: int 
         base_RD, mixed_RD = base_BPD[:, :-1][scored], mixed_BNPD[:, 0, :-1][scored]
         target_R1 = ids[:, 1:][scored][:, None]
         text_R = torch.arange(start, start + len(ids), device=device)[:, None]
-        n_rows = rows_at_a_time(quiet.model.head.weight)
+        n_rows = chunk_rows(quiet.model.head.weight)
         for base, mixed, target, text in zip(*(t.split(n_rows) for t in (
                 base_RD, mixed_RD, target_R1, text_R.expand_as(scored)[scored]))):
-            logits = visible_logits(quiet, base)
+            logits = logits_without_markers(quiet, base)
             logp, logp_mixed = (x.log_softmax(-1).gather(1, target)[:, 0]
-                                for x in (logits, visible_logits(quiet, mixed)))
+                                for x in (logits, logits_without_markers(quiet, mixed)))
             found.append((base.float(), Gate(0).score(base, logits), -logp, -logp_mixed, text))
     base_RD, *rest = map(torch.cat, zip(*found))
     return Positions(base_RD.cpu(), *(t.float().cpu().numpy() for t in rest[:-1]),
@@ -124,7 +124,7 @@ class GateConfig:
     data: str = ""                    # folder that data.py wrote
     share: float = 0.2                # of the positions, that the written gate opens at
     texts: int = 400                  # training documents to fit, and as many held-out ones
-    length: int = 128                 # tokens of each at most
+    seq_len: int = 128                 # tokens of each at most
     out: str = ""                     # write the probe's gate here, for sample.py --gate
     figure: str = ""                  # draw the curves here
     device: str = "auto"              # auto | cpu | cuda
@@ -146,9 +146,9 @@ def main():
         raise ValueError(f"{cfg.checkpoint} has no thoughts to gate: train it to think (train.py)")
     train, val = (data.TokenFile(cfg.data, split) for split in ("train", "val"))
     n = min(cfg.texts, val.n_docs)
-    fitted = observe(quiet, train, slice(0, min(cfg.texts, train.n_docs)), cfg.length)
-    tuned = observe(quiet, val, slice(0, n // 2), cfg.length)
-    seen = observe(quiet, val, slice(n // 2, n), cfg.length)
+    fitted = observe(quiet, train, slice(0, min(cfg.texts, train.n_docs)), cfg.seq_len)
+    tuned = observe(quiet, val, slice(0, n // 2), cfg.seq_len)
+    seen = observe(quiet, val, slice(n // 2, n), cfg.seq_len)
     probe, curves = fit_probe(fitted), {}
     for name, gate in (("entropy", None), ("probe", probe)):
         tuned_R, score_R = (p.entropy_R if gate is None else gate.score(p.base_RD, None).numpy()
@@ -166,7 +166,7 @@ def main():
     if cfg.out:
         gate = dict(threshold=limit, probe=probe.probe_D.tolist(), bias=probe.bias,
                     end_thought=quiet.end_thought.tolist())         # whose it is
-        weights.write_atomically(cfg.out, lambda path: path.write_text(json.dumps(gate)))
+        weights.atomic_write(cfg.out, lambda path: path.write_text(json.dumps(gate)))
         print(f"wrote {cfg.out}")
     if cfg.figure:
         draw(curves, cfg.checkpoint, cfg.figure)

@@ -1,7 +1,7 @@
 """What a training step holds and sends on several GPUs, from shapes: nothing is allocated.
 
     python bench.py --plan                                      # Mistral-7B, 1 to 64 GPUs
-    python bench.py --plan --batch=4 --thought_len=24 --gpus=8 --dim=... --n_layers=...
+    python bench.py --plan --batch_size=4 --thought_len=24 --gpus=8 --dim=... --n_layers=...
 
 The model is built on the meta device and goes through parallel.spread, by a process group that only
 pretends, to see what each rank keeps. One block runs forward and backward on meta tensors to see
@@ -34,16 +34,16 @@ from thoughts import QuietSTaR, ThoughtConfig
 class PlanConfig:
     plan: bool = True                 # this table
     gpus: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
-    batch: int = 1                    # texts per GPU and micro-batch
-    accumulate: int = 1               # micro-batches per step
-    length: int = 256                 # tokens per text
+    batch_size: int = 1                    # texts per GPU and micro-batch
+    grad_accum: int = 1               # micro-batches per step
+    seq_len: int = 256                 # tokens per text
     dtype: str = "bfloat16"           # of the matrix products: float32 | bfloat16
     recompute: int = 1                # activation checkpointing of every n-th block; 0 none, 1 all
     nvlink: float = 450.0             # GB/s that a GPU receives within its node (H100, H200)
     network: float = 50.0             # GB/s that a GPU receives from other nodes (400 Gb/s each)
 
     def __post_init__(self):
-        config.at_least(self, batch=1, accumulate=1, length=2, recompute=0)
+        config.at_least(self, batch_size=1, grad_accum=1, seq_len=2, recompute=0)
         if min(self.gpus) < 1:
             raise ValueError(f"--gpus={min(self.gpus)} is below 1")
 
@@ -99,11 +99,11 @@ def one_block(cfg: PlanConfig, m: ModelConfig, c: ThoughtConfig) -> tuple[int, i
     """Bytes that a block saves for its backward, and the most its forward and backward need beside
     its input and its weights."""
     dtype, saved = getattr(torch, cfg.dtype), {}
-    P, M = cfg.length - 1, c.thought_len + c.n_true + 1
+    P, M = cfg.seq_len - 1, c.thought_len + c.n_true + 1
     with torch.device("meta"):
         block = Block(m, 0).to(dtype)
-        position_BP = torch.arange(P).expand(cfg.batch, -1)
-        context = PackedContext(cfg.length, position_BP, c.n_thoughts, M, True)
+        position_BP = torch.arange(P).expand(cfg.batch_size, -1)
+        context = PackedContext(cfg.seq_len, position_BP, c.n_thoughts, M, True)
         x_BSD = torch.empty(*context.position_BS.shape, m.dim, dtype=dtype, requires_grad=True)
     weights = {p.untyped_storage()._cdata for p in block.parameters()}
 
@@ -123,13 +123,13 @@ def plan(cfg: PlanConfig, m: ModelConfig, c: ThoughtConfig, kind: str, world: in
     """Bytes on one GPU by what they are for, the `peak` of a step, and bytes it receives a step."""
     kept, block, blocks, rest = shares(m, c, kind, world)
     b, D, V, sharded = cfg.width, m.dim, m.vocab_size, kind == "fsdp"
-    L, N, T, A = cfg.length, c.n_thoughts, c.thought_len, c.n_true
-    B, P = cfg.batch, L - 1
+    L, N, T, A = cfg.seq_len, c.n_thoughts, c.thought_len, c.n_true
+    B, P = cfg.batch_size, L - 1
     stream = 4 * B * (L + N * P * (T + A + 1)) * D             # one state of every token, in fp32
     saved, working = one_block(cfg, m, c)
     gathered = b * blocks + 4 * rest if sharded else 0
     casts = 2 * (blocks + rest) if b == 2 and not sharded else 0
-    again = cfg.accumulate > 1                                 # gradients that wait for others:
+    again = cfg.grad_accum > 1                                 # gradients that wait for others:
     kept_always = (4 * (blocks + rest) * again if sharded else 4 * kept * (again or kind == "ddp"))
     mixed = B * N * P * A * D                                  # numbers in the mixed states
     predictions = B * P + B * N * sum(P - a for a in range(A))
@@ -158,8 +158,8 @@ def plan(cfg: PlanConfig, m: ModelConfig, c: ThoughtConfig, kind: str, world: in
 
 def main():
     cfg, m, c = config.parse(PlanConfig, ModelConfig, ThoughtConfig)
-    print(f"{m.n_layers} layers, D {m.dim}, V {m.vocab_size}; per GPU {cfg.batch} texts of "
-          f"{cfg.length} tokens, T {c.thought_len}, A {c.n_true}, N {c.n_thoughts}; {cfg.dtype}, "
+    print(f"{m.n_layers} layers, D {m.dim}, V {m.vocab_size}; per GPU {cfg.batch_size} texts of "
+          f"{cfg.seq_len} tokens, T {c.thought_len}, A {c.n_true}, N {c.n_thoughts}; {cfg.dtype}, "
           f"recompute {cfg.recompute}\n")
     names = ("weights", "moments", "gradients", "gathered or cast", "activations", "a block",
              "head", "KV", "peak", "received")

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from inference import Emitted, Gate, Generator
-from lm_head import rows_at_a_time
+from inference import StepOutput, Gate, Generator
+from lm_head import chunk_rows
 from model import CausalContext
-from thoughts import QuietSTaR, visible_logits
+from thoughts import QuietSTaR, logits_without_markers
 
 BEST = 5                                  # predictions kept of each token
 
@@ -83,8 +83,8 @@ class Line:
         return kept
 
     def _release(self) -> list[Token]:
-        released, self.waiting = self.waiting, []
-        return released
+        official, self.waiting = self.waiting, []
+        return official
 
 
 def best(logp_V, tokenizer) -> tuple:
@@ -121,7 +121,7 @@ def generated(texts: Generator, tokenizer, lines: list[Line], max_new: int) -> I
         yield from line.end()
 
 
-def _token(emitted: Emitted, b: int, place: int, tokenizer) -> Token:
+def _token(emitted: StepOutput, b: int, place: int, tokenizer) -> Token:
     thought_T = emitted.thought_BT[b] if emitted.thinks_B[b] else None
     return observed(Token(b, place, int(emitted.token_B[b]), ""), tokenizer,
                     emitted.base_logp_BV[b], emitted.mixed_logp_BV[b], emitted.mixing_weight_B[b],
@@ -134,26 +134,26 @@ def given(objective, tokenizer, ids: list[int], think: bool = True,
     """A text of two tokens or more under teacher forcing: a greedy thought before each but the
     first, or where the `gate` opens. `objective` is a QuietSTaR, or anything with a `.model`."""
     model, think = objective.model, think and isinstance(objective, QuietSTaR)
-    n_hanging = objective.config.thought_len + objective.config.n_true + 1 if think else 0
-    if len(ids) + n_hanging > model.config.max_seq_len:
-        context = f"{model.config.max_seq_len} with {n_hanging} kept for thoughts"
+    branch_len = objective.config.thought_len + objective.config.n_true + 1 if think else 0
+    if len(ids) + branch_len > model.config.max_seq_len:
+        context = f"{model.config.max_seq_len} with {branch_len} kept for thoughts"
         raise ValueError(f"the text is {len(ids)} tokens, context is {context}: shorten the text")
     ids_BL = torch.tensor([ids], device=model.embed.weight.device)
     every_BL = torch.arange(len(ids), device=ids_BL.device)[None]
     base_LD = model(ids_BL, CausalContext(every_BL))[0, :-1]
-    thinks_L, n_rows = torch.full((len(base_LD),), think), rows_at_a_time(model.head.weight)
+    thinks_L, n_rows = torch.full((len(base_LD),), think), chunk_rows(model.head.weight)
     if think and gate:
-        thinks_L = torch.cat([gate.opens(h_RD, visible_logits(objective, h_RD))
+        thinks_L = torch.cat([gate.opens(h_RD, logits_without_markers(objective, h_RD))
                               for h_RD in base_LD.split(n_rows)])
     found = _think_at(objective, ids_BL, thinks_L) if thinks_L.any() else {}
     line, tokens = Line(tokenizer, ids), []
     for start in range(0, len(base_LD), n_rows):
-        base_RV = visible_logits(objective, base_LD[start:start + n_rows]).log_softmax(-1)
+        base_RV = logits_without_markers(objective, base_LD[start:start + n_rows]).log_softmax(-1)
         for j, base_V in enumerate(base_RV, start):             # the thought behind token j
             token, mixed_V, weight, thought_T = line.prompt[j + 1], base_V, 0.0, None
             if j in found:
                 mixed_D, weight, thought_T, token.reward = found[j]
-                mixed_V = visible_logits(objective, mixed_D[None])[0].log_softmax(-1)
+                mixed_V = logits_without_markers(objective, mixed_D[None])[0].log_softmax(-1)
             tokens.append(observed(token, tokenizer, base_V, mixed_V, weight, thought_T))
     tokens[-1].text += line.stream.flush()
     return [line.prompt[0], *tokens]
