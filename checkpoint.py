@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 
 import distributed as parallel
 import weights
+from config import UserError
 from formats.tensors import checkpoints, rename_folder, stored_tensors, atomic_write
 from model import NextToken
 
@@ -85,7 +86,7 @@ def _written(out: Path):
     except (OSError, SafetensorError) as error:
         pointer = out / "latest"
         former = out / pointer.read_text() if pointer.is_file() else "none yet"
-        raise ValueError(f"cannot save to {out}: {error}; last good checkpoint: {former}") from None
+        raise UserError(f"cannot save to {out}: {error}; last good checkpoint: {former}") from None
 
 
 def read_state(folder: Path) -> dict:
@@ -94,7 +95,7 @@ def read_state(folder: Path) -> dict:
         state = json.loads((folder / "state.json").read_text())
         settings, _, _ = state["settings"], state["step"], state["shares"]
     except (ValueError, OSError, LookupError, TypeError) as error:
-        raise ValueError(f"{folder / 'state.json'} is not readable ({type(error).__name__})"
+        raise UserError(f"{folder / 'state.json'} is not readable ({type(error).__name__})"
                          + other(folder)) from None
     state["settings"] = {name: tuple(value) if isinstance(value, list) else value
                          for name, value in settings.items()}           # JSON has no tuples
@@ -108,7 +109,7 @@ def load_optimizer(folder: Path, state: dict, objective, optimizer, place: paral
             stored_tensors(folder / "optimizer" / name)
         _load_shares(_moments(objective, optimizer, state["step"]), folder / "optimizer", place)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{folder / 'optimizer'} is not readable: {error}"
+        raise UserError(f"{folder / 'optimizer'} is not readable: {error}"
                          + other(folder)) from None
 
 

@@ -1,81 +1,109 @@
-"""Dataclasses to command line, and nothing else.
+"""What every script needs: options from dataclasses, errors for users, files written whole.
 
     game, train = parse(GameConfig, TrainConfig)          # --steps=300, --steps 300, --help
 
-The options are the fields: name, type, default, and as help the comment behind the field. An
-unknown option is an error that names the nearest. `run(main)` ends every user mistake in one line.
-Left out on purpose: files of settings, and executing anything. A preset is a command in runs/.
+The options are the fields of the dataclasses: name, type, default, and as help the comment behind
+the field. `UserError` is the only exception that `run` turns into one line; all others keep their
+traceback, because people fork this.
 
-Read next: figures.py
+Left out on purpose: files of settings, and executing anything. A preset is a command in runs/.
 """
 import argparse
 import dataclasses
 import difflib
 import inspect
+import json
+import os
 import re
+import shutil
 import sys
 import types
 import typing
+from contextlib import contextmanager
+from pathlib import Path
 
 
-class UsageError(ValueError):
-    """The command line is wrong; the message says how and what to write instead."""
+class UserError(ValueError):
+    """A mistake of the user's, or a damaged file. The message names the value and the remedy."""
 
+
+# ------------------------------------------------------------------------------- the command line
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UsageError(message.replace("argument ", "", 1) + " (see --help)")
+        message = message.replace("argument ", "", 1)
+        raise UserError(f"{message} (see --help)")
 
 
 def parse(*dataclasses_, argv: list[str] | None = None, defaults: dict | None = None) -> tuple:
-    """One instance of each dataclass, filled from `argv` (default: the process's own).
+    """Return one instance of each dataclass, filled from `argv` (default: the process's own).
 
-    `defaults` by field name take the place of the dataclasses' own.
-
-    Raises UsageError for an unknown option, a value of the wrong type, or a refused combination.
+    `defaults`, by field name, replace the dataclasses' own. Raises UserError for an unknown option,
+    a value of the wrong type, or a combination that a dataclass refuses.
     """
     caller = sys.modules["__main__"].__doc__ or ""
     parser = _Parser(description=caller.strip().split("\n")[0], allow_abbrev=False)
     for cls in dataclasses_:
-        group, comments = parser.add_argument_group(cls.__name__), _comments(cls)
+        group = parser.add_argument_group(cls.__name__)
+        comments = _comments(cls)
         for field in dataclasses.fields(cls):
-            group.add_argument(f"--{field.name}", **_argument(field, comments.get(field.name, "")))
+            options = _argument(field, comments.get(field.name, ""))
+            group.add_argument(f"--{field.name}", **options)
     parser.set_defaults(**(defaults or {}))
-    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = [_underscored(word) for word in _words(argv)]
     values, unknown = parser.parse_known_args(words)
     if unknown:
-        names = [f"--{f.name}" for cls in dataclasses_ for f in dataclasses.fields(cls)]
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]}?" if nearest else " (see --help)"
-        raise UsageError(f"unknown option {unknown[0]}{hint}")
-    return tuple(cls(**{f.name: getattr(values, f.name) for f in dataclasses.fields(cls)})
-                 for cls in dataclasses_)
+        names = [f"--{field.name}" for cls in dataclasses_ for field in dataclasses.fields(cls)]
+        raise UserError(f"unknown option {unknown[0]}{_hint(unknown[0], names)}")
+    return tuple(_filled(cls, values) for cls in dataclasses_)
 
 
-def given(argv: list[str] | None = None) -> set[str]:
-    """The names of the options that the command line spells out."""
-    return {_underscored(word).partition("=")[0]
-            for word in (sys.argv[1:] if argv is None else argv)}
+def options_on_command_line(argv: list[str] | None = None) -> set[str]:
+    """Return the names of the options, "--steps", that the command line spells out."""
+    return {_underscored(word).partition("=")[0] for word in _words(argv)}
 
 
-def at_least(settings, **least) -> None:
-    """ValueError for the first of these settings that is below its least value, or nan."""
+def check_at_least(settings, **least) -> None:
+    """Raise UserError for the first of these settings that is below its least value, or nan."""
     for name, value in least.items():
-        if not getattr(settings, name) >= value:
-            raise ValueError(f"--{name}={getattr(settings, name)} is below {value}")
+        found = getattr(settings, name)
+        if not found >= value:
+            raise UserError(f"--{name}={found} is below {value}")
 
 
 def run(main) -> None:
-    """Call `main`; a user's mistake is one line on stderr and exit status 2, never a traceback."""
+    """Call `main`. A UserError becomes one line on stderr and exit status 2."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    except UserError as error:
+        line = " ".join(str(error).split())
+        print("error: " + printable(line), file=sys.stderr)
         sys.exit(2)
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Escape what a terminal would obey: control characters, but `keep`, and bidi overrides."""
+    def escape(match):
+        return match[0] if match[0] in keep else repr(match[0])[1:-1]
+    return re.sub("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", escape, text)
+
+
+def _words(argv: list[str] | None) -> list[str]:
+    return sys.argv[1:] if argv is None else argv
+
+
+def _hint(word: str, names: list[str]) -> str:
+    nearest = difflib.get_close_matches(word.split("=")[0], names, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else " (see --help)"
+
+
+def _filled(cls, values):
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: getattr(values, name) for name in names})
+
+
 def _underscored(word: str) -> str:
-    """--show-thoughts and --show_thoughts are the same option; values are left alone."""
+    """Read --show-thoughts and --show_thoughts as the same option; values are left alone."""
     name, equals, value = word.partition("=")
     if name.startswith("--"):
         name = name.replace("-", "_").replace("__", "--", 1)
@@ -83,18 +111,22 @@ def _underscored(word: str) -> str:
 
 
 def _argument(field, comment: str) -> dict:
-    """What argparse needs to know of one field."""
+    """Describe one field to argparse."""
     kind, default = field.type, field.default
-    if isinstance(kind, types.UnionType):                       # int | None: absent means None
+    if isinstance(kind, types.UnionType):                    # int | None: if absent, None
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-    help_text = (comment + f" (default: {default})").replace("%", "%%").strip()
+    shown = "" if default in ("", (), None) else f" (default: {default})"
+    help_text = (comment + shown).replace("%", "%%").strip()
+    common = dict(default=default, help=help_text)
     if kind is bool:
-        return dict(type=_boolean, nargs="?", const=True, default=default, metavar="BOOL",
-                    help=help_text)
+        return dict(common, type=_boolean, nargs="?", const=True, metavar="BOOL")
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        return dict(common, type=_one_of(choices), metavar="|".join(choices))
     if typing.get_origin(kind) is tuple:
         kind = _tuple_of(typing.get_args(kind)[0])
     name = getattr(kind, "__name__", "value").strip("_").upper()
-    return dict(type=kind, default=default, metavar=name, help=help_text)
+    return dict(common, type=kind, metavar=name)
 
 
 def _boolean(text: str) -> bool:
@@ -103,20 +135,87 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _one_of(choices: tuple[str, ...]):
+    def value(text: str):
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(choices)}")
+        return text
+    return value
+
+
 def _tuple_of(kind):
     def values(text: str):
         try:
             return tuple(kind(part) for part in text.split(",") if part)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"expected {kind.__name__}s separated by commas, got '{text}'") from None
+            message = f"expected {kind.__name__}s separated by commas, got '{text}'"
+            raise argparse.ArgumentTypeError(message) from None
     return values
 
 
 def _comments(cls) -> dict[str, str]:
-    """The comment behind each field of a dataclass, by field name."""
+    """Return the comment behind each field of a dataclass, by field name."""
     try:
         source = inspect.getsource(cls)
-    except OSError:                                             # defined in an interactive session
+    except OSError:                                          # defined in an interactive session
         return {}
     return dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, flags=re.MULTILINE))
+
+
+# ------------------------------------------------------------------------------------------- files
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file. Raises UserError if it is absent or not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"cannot read {path}: {reason}") from None
+
+
+def read_json(path: str | Path):
+    """Read a JSON file. Raises UserError if it is absent or not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): download it again") from None
+
+
+@contextmanager
+def atomic_write(path: str | Path):
+    """Yield a temporary path to write to; it gets its name once it is whole and on the disk.
+
+        with atomic_write("out/latest") as temporary:
+            temporary.write_text("step-000100")
+
+    A process that is killed leaves the former file. Raises UserError if it cannot be written.
+    """
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes private files
+        fsync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def rename_folder(draft: Path, folder: Path) -> None:
+    """Rename a whole folder, once all that is in it is on the disk; it may replace another."""
+    for path in (*draft.rglob("*"), draft):
+        fsync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
+    fsync(folder.parent)
+
+
+def fsync(path: Path) -> None:
+    """Bring a file's content, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

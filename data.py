@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import config
+from config import UserError
 from formats.tensors import published
 from tokenizer import load
 
@@ -34,7 +35,7 @@ def read_texts(path: str, fields: tuple[str, ...]) -> Iterator[str]:
         has = [name for name in row if isinstance(row[name], str)] if isinstance(row, dict) else []
         missing = [field for field in fields if field not in has]
         if missing:
-            raise ValueError(f"{path}:{number}: no field '{missing[0]}' (it has {', '.join(has)})")
+            raise UserError(f"{path}:{number}: no field '{missing[0]}' (it has {', '.join(has)})")
         text = "\n".join(row[field] for field in fields)
         yield text.encode(errors="replace").decode()           # JSON can hold half a surrogate
 
@@ -55,11 +56,11 @@ def read_rows(path: str) -> Iterator[tuple[int, dict]]:
             for line, text in enumerate(file, start=1):
                 yield line, json.loads(text)
     except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}:{line}: {error}: download it again") from None
+        raise UserError(f"{path}:{line}: {error}: download it again") from None
     except ValueError as error:
-        raise ValueError(f"{path}:{line}: not UTF-8 text, JSON lines or parquet: {error}") from None
+        raise UserError(f"{path}:{line}: not UTF-8 text, JSON lines or parquet: {error}") from None
 
 
 def prepare(texts: Iterable[str], tokenizer, out: str | Path, val_share: float, sources: list[str],
@@ -78,7 +79,7 @@ def prepare(texts: Iterable[str], tokenizer, out: str | Path, val_share: float, 
             ids = tokenizer.encode(text, bos=bos is not None) + [eos] * (eos is not None)
             if max(ids, default=0) >= vocab_size:
                 where = f"document {number}: token id {max(ids)} at position {ids.index(max(ids))}"
-                raise ValueError(f"{where} >= vocab_size {vocab_size}: the tokenizer is broken")
+                raise UserError(f"{where} >= vocab_size {vocab_size}: the tokenizer is broken")
             hashed = int(hashlib.sha256(split_key(text).encode()).hexdigest(), 16) / 2**256
             split = "val" if hashed < val_share else "train"
             files[split].write(np.array(ids, dtype).tobytes())
@@ -104,14 +105,14 @@ class TokenFile:
         meta, index, self.path = (Path(folder, name) for name in names)
         for path in (meta, index, self.path):
             if not path.exists():
-                raise FileNotFoundError(f"{path} is missing: prepare the data first (data.py)")
+                raise UserError(f"{path} is missing: prepare the data first (data.py)")
         self.meta, self.offsets = json.loads(meta.read_text()), np.load(index, mmap_mode="r")
         self.n_tokens, self.n_docs = (self.meta[key][split] for key in ("n_tokens", "n_docs"))
         self.dtype, size = np.dtype(self.meta["dtype"]), self.path.stat().st_size
         if size == 0:
-            raise ValueError(f"{self.path} is empty: prepare more text, or a larger --val_share")
+            raise UserError(f"{self.path} is empty: prepare more text, or a larger --val_share")
         if size != self.n_tokens * self.dtype.itemsize or self.offsets[-1] != self.n_tokens:
-            raise ValueError(f"{self.path} is {size} bytes, its index ends at {self.offsets[-1]}; "
+            raise UserError(f"{self.path} is {size} bytes, its index ends at {self.offsets[-1]}; "
                              f"{meta} says {self.n_tokens} tokens of {self.dtype.itemsize} bytes: "
                              "copy or prepare them again")
 
@@ -124,7 +125,7 @@ class TokenFile:
         ids = np.memmap(self.path, self.dtype, "r")[start:end].astype(np.int64)
         if ids.max(initial=0) >= self.meta["vocab_size"]:
             where = f"{self.path}: token id {ids.max()} at position {start + ids.argmax()}"
-            raise ValueError(f"{where} >= vocab_size {self.meta['vocab_size']}: wrong tokenizer")
+            raise UserError(f"{where} >= vocab_size {self.meta['vocab_size']}: wrong tokenizer")
         return ids
 
 
@@ -141,9 +142,9 @@ class Batches:
 
     def __init__(self, token_file: TokenFile, length: int, manner: str = "stream", seed: int = 0):
         if manner not in ("document", "stream"):
-            raise ValueError(f"manner '{manner}' is neither 'document' nor 'stream'")
+            raise UserError(f"manner '{manner}' is neither 'document' nor 'stream'")
         if manner == "stream" and token_file.n_tokens < length:
-            raise ValueError(f"{token_file.path} has {token_file.n_tokens} tokens, one crop needs "
+            raise UserError(f"{token_file.path} has {token_file.n_tokens} tokens, one crop needs "
                              f"{length}: prepare more text, or take shorter crops")
         self.token_file, self.length, self.manner, self.seed = token_file, length, manner, seed
 
@@ -178,7 +179,7 @@ class DataConfig:
 def main():
     (cfg,) = config.parse(DataConfig)
     if not (cfg.input and cfg.tokenizer and cfg.out):
-        raise ValueError("needs --input=FILE, --tokenizer=FILE and --out=FOLDER")
+        raise UserError("needs --input=FILE, --tokenizer=FILE and --out=FOLDER")
     texts = (text for path in cfg.input for text in read_texts(path, cfg.field))
     meta = prepare(texts, load(cfg.tokenizer), cfg.out, cfg.val_share, list(cfg.input))
     print(f"{cfg.out}: {meta['n_docs']} documents, {meta['n_tokens']} tokens ({meta['dtype']})")

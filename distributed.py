@@ -23,6 +23,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from config import UserError
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ class Place:
 def pick_device(name: str) -> torch.device:
     """`name` auto (CUDA if it is there), cpu or cuda; this process's own among several."""
     if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device={name} is not one of auto, cpu, cuda")
+        raise UserError(f"--device={name} is not one of auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda, but this PyTorch sees no CUDA device: use --device=cpu")
+        raise UserError("--device=cuda, but this PyTorch sees no CUDA device: use --device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     here, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if here >= there:
-        raise ValueError(f"process {here} of this node has no GPU of its own: there are {there}; "
+        raise UserError(f"process {here} of this node has no GPU of its own: there are {there}; "
                          "lower --nproc_per_node")
     return torch.device("cuda", here)
 
@@ -60,7 +61,7 @@ def join(device: str, kind: str = "auto") -> Place:
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if kind == "none" and world > 1:
-        raise ValueError(f"--parallel=none, but torchrun started {world} processes: choose "
+        raise UserError(f"--parallel=none, but torchrun started {world} processes: choose "
                          "--parallel=ddp or fsdp")
     here = pick_device(device)
     if here.type == "cuda":
@@ -156,7 +157,7 @@ def rows_of(place: Place, n_rows: int, n_micro_batches: int) -> list[range]:
     """This rank's rows of a step's `n_rows`, cut into micro-batches."""
     size, rest = divmod(n_rows, place.world * n_micro_batches)
     if rest:
-        raise ValueError(f"--batch_size={n_rows} does not divide into {place.world} ranks x "
+        raise UserError(f"--batch_size={n_rows} does not divide into {place.world} ranks x "
                          f"--grad_accum={n_micro_batches}")
     first = place.rank * n_micro_batches
     return [range(size * i, size * (i + 1)) for i in range(first, first + n_micro_batches)]
@@ -191,7 +192,7 @@ def agree(facts: dict[str, object], place: Place):
         rank, which = (rank, which) if any(which) else first_to_differ(facts.values())
         if any(which) and place.writes:
             names = ", ".join(name for name, differs in zip(facts, which) if differs)
-            raise ValueError(f"rank {rank} is not like rank 0 in {names}: start all ranks with the "
+            raise UserError(f"rank {rank} is not like rank 0 in {names}: start all ranks with the "
                              "same command, code and files")
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from config import UserError
 from tasks import ask
 import config
 import data
@@ -114,7 +115,7 @@ def held_out_texts(token_file, n_texts: int, length: int):
     """The first documents of a split, cut at `length` tokens: ids_BL, valid_BL."""
     docs = [token_file.document(i)[:length] for i in range(min(n_texts, token_file.n_docs))]
     if not docs:
-        raise ValueError(f"{token_file.path} holds no document to evaluate on: raise --val_share")
+        raise UserError(f"{token_file.path} holds no document to evaluate on: raise --val_share")
     width = max(2, max(len(doc) for doc in docs))
     ids_BL = torch.zeros(len(docs), width, dtype=torch.long)
     for row, doc in enumerate(docs):
@@ -139,7 +140,7 @@ def score_texts(objective, token_file, tokenizer, n_texts: int, length: int, tho
     order_B = length_B.argsort(descending=True, stable=True)
     chunks = [rows for rows in order_B.split(batch) if where_BL[rows].any()]
     if not chunks:
-        raise ValueError(f"{token_file.path}: the first {n_texts} texts hold nothing to score")
+        raise UserError(f"{token_file.path}: the first {n_texts} texts hold nothing to score")
     progress, parts = Progress(int(where_BL.sum()), "scoring tokens", place, tell), []
     for rows in chunks[place.rank::place.world]:
         width = max(2, int(length_B[rows[0]]))
@@ -210,21 +211,21 @@ class EvalConfig:
 
     def __post_init__(self):
         if not self.checkpoint or not (self.data or self.task):
-            raise ValueError("--checkpoint=FOLDER and --data=FOLDER (or --task and --file) are "
+            raise UserError("--checkpoint=FOLDER and --data=FOLDER (or --task and --file) are "
                              "needed")
         if self.task and (self.task not in tasks.TASKS or not self.file):
-            raise ValueError(f"--task={self.task} --file={self.file}: a task is one of "
+            raise UserError(f"--task={self.task} --file={self.file}: a task is one of "
                              f"{', '.join(tasks.TASKS)}, and its questions are in --file=FILE")
         if self.thoughts not in ("own", "swapped", "none"):
-            raise ValueError(f"--thoughts={self.thoughts} is not one of own, swapped, none")
+            raise UserError(f"--thoughts={self.thoughts} is not one of own, swapped, none")
         if self.votes and self.thoughts == "swapped":
-            raise ValueError("--votes with --thoughts=swapped: text being written has none")
+            raise UserError("--votes with --thoughts=swapped: text being written has none")
         if self.against and not Path(self.against).is_file():
-            raise ValueError(f"--against={self.against} is not there: name the json of another run")
+            raise UserError(f"--against={self.against} is not there: name the json of another run")
         if self.task and len(self.thought_len) > 1:
-            raise ValueError(f"--thought_len={self.thought_len} sweeps over --data; a task takes "
+            raise UserError(f"--thought_len={self.thought_len} sweeps over --data; a task takes "
                              "one length")
-        config.at_least(self, texts=1, seq_len=2, limit=0, votes=0, temperature=0, max_new_tokens=1, seed=0,
+        config.check_at_least(self, texts=1, seq_len=2, limit=0, votes=0, temperature=0, max_new_tokens=1, seed=0,
                         batch_size=1)
 
     @property
@@ -294,7 +295,7 @@ def main():
     tokenizer = tokenizers.load(cfg.data or folder)
     objective = weights.load_objective(cfg.checkpoint, cfg.device, tokenizer)
     if cfg.thought_len and not thinks(objective):
-        raise ValueError(f"--thought_len={cfg.thought_len}: {cfg.checkpoint} does not think")
+        raise UserError(f"--thought_len={cfg.thought_len}: {cfg.checkpoint} does not think")
     if len(cfg.thought_len) == 1:
         objective.config = replace(objective.config, thought_len=cfg.thought_len[0])
     out = cfg.out or (cfg.task and str(Path(cfg.checkpoint, cfg.name + ".json")))

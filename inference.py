@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from config import UserError
 from formats.tensors import read_json
 from lm_head import sample_tokens
 from model import CausalContext, KVCache
@@ -67,17 +68,17 @@ def read_gate(said: str, quiet: QuietSTaR) -> Gate:
         return Gate(float(said))
     except ValueError:
         if not Path(said).is_file():
-            raise ValueError(f"--gate={said} is neither a number of nats nor a file of "
+            raise UserError(f"--gate={said} is neither a number of nats nor a file of "
                              "gate.py's") from None
     found, marker_D = read_json(Path(said)), quiet.end_thought.detach().float().cpu()
     try:
         probe_D, theirs_D = (torch.tensor(found[name]) for name in ("probe", "end_thought"))
         gate = Gate(float(found["threshold"]), probe_D, float(found["bias"]))
     except (KeyError, TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{said} is not a gate that gate.py writes: fit one (gate.py)") from None
+        raise UserError(f"{said} is not a gate that gate.py writes: fit one (gate.py)") from None
     if not (probe_D.shape == theirs_D.shape == marker_D.shape                # or rounded to bf16
             and torch.allclose(theirs_D, marker_D, rtol=1e-2, atol=1e-4)):
-        raise ValueError(f"{said} is of another checkpoint: fit one on this (gate.py)")
+        raise UserError(f"{said} is of another checkpoint: fit one on this (gate.py)")
     return gate
 
 
@@ -124,7 +125,7 @@ class Generator:
         slots = ids_BL.shape[1] + max_new + self.n_thought
         if slots > self.mistral.config.max_seq_len:
             context = f"{self.mistral.config.max_seq_len} with {self.n_thought} kept for thoughts"
-            raise ValueError(f"prompt is {ids_BL.shape[1]} tokens, {max_new} more are asked for, "
+            raise UserError(f"prompt is {ids_BL.shape[1]} tokens, {max_new} more are asked for, "
                              f"context is {context}: shorten the prompt or lower --max_new_tokens")
         weight, self.position_B1 = self.mistral.embed.weight, length_B[:, None] - 1
         if compiled:                          # few sizes: each is compiled anew

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from config import UserError
 from lm_head import chunked_cross_entropy
 
 PIECE = 2048                          # tokens of a text that a feed-forward layer takes at a time
@@ -55,17 +56,17 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is below 1")
+                raise UserError(f"{name}={getattr(self, name)} is below 1")
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads={self.n_heads} is not a multiple of "
+            raise UserError(f"n_heads={self.n_heads} is not a multiple of "
                              f"n_kv_heads={self.n_kv_heads}: "
                              "each key/value head serves as many queries")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs")
+            raise UserError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs")
         if self.rope_type not in ("default", "linear", "llama3"):
-            raise ValueError(f"rope_type '{self.rope_type}' is not supported "
+            raise UserError(f"rope_type '{self.rope_type}' is not supported "
                              "(default, linear, llama3)")
 
     def window(self, layer: int) -> int | None:

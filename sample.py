@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import config
+from config import UserError
 from tools import page
 import tokenizer as tokenizers
 import weights
@@ -55,27 +56,27 @@ class SampleConfig:
 
     def __post_init__(self):
         if not self.checkpoint:
-            raise ValueError("--checkpoint=FOLDER is needed")
+            raise UserError("--checkpoint=FOLDER is needed")
         if self.think not in ("always", "never", "gate"):
-            raise ValueError(f"--think={self.think} is not one of always, never, gate")
+            raise UserError(f"--think={self.think} is not one of always, never, gate")
         if (self.think == "gate") != bool(self.gate):
-            raise ValueError("--think=gate and --gate=NATS (or FILE) need each other")
-        config.at_least(self, max_new_tokens=1, samples=1, temperature=0, top_k=0, seed=0)
+            raise UserError("--think=gate and --gate=NATS (or FILE) need each other")
+        config.check_at_least(self, max_new_tokens=1, samples=1, temperature=0, top_k=0, seed=0)
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p={self.top_p} is not above 0 and at most 1")
+            raise UserError(f"--top_p={self.top_p} is not above 0 and at most 1")
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"--samples={self.samples} are all the same at --temperature=0: "
+            raise UserError(f"--samples={self.samples} are all the same at --temperature=0: "
                              "raise it")
         if self.compile and self.gate and self.samples > 1:
-            raise ValueError(f"--compile with --gate and --samples={self.samples}: how many texts "
+            raise UserError(f"--compile with --gate and --samples={self.samples}: how many texts "
                              "think would change from pass to pass; leave one of them out")
         if self.show_thoughts and (self.json or self.think == "never"):
             other = "--json" if self.json else "--think=never"
-            raise ValueError(f"--show-thoughts and {other} contradict each other")
+            raise UserError(f"--show-thoughts and {other} contradict each other")
         if sum(map(bool, (self.prompt, self.prompt_file, self.text_file))) > 1:
-            raise ValueError("give one of --prompt, --prompt-file and --text-file")
+            raise UserError("give one of --prompt, --prompt-file and --text-file")
         if self.text_file and not (self.show_thoughts or self.json or self.html):
-            raise ValueError("--text-file is to be looked at: add --show-thoughts, --json or "
+            raise UserError("--text-file is to be looked at: add --show-thoughts, --json or "
                              "--html=FILE")
 
 
@@ -84,7 +85,7 @@ def generate(cfg: SampleConfig, objective, tokenizer, gate: Gate | None,
     """Continue a prompt on standard output; the tokens of every sample, the prompt's included."""
     ids = tokenizer.encode(prompt, bos=True)
     if not prompt or not ids:
-        raise ValueError("the prompt is empty: give --prompt=TEXT, --prompt-file=FILE or text on "
+        raise UserError("the prompt is empty: give --prompt=TEXT, --prompt-file=FILE or text on "
                          "standard input")
     model = objective if isinstance(objective, QuietSTaR) else objective.model
     ids_BL = torch.tensor([ids] * cfg.samples, device=objective.model.embed.weight.device)
@@ -103,7 +104,7 @@ def read(cfg: SampleConfig, objective, tokenizer, gate: Gate | None,
     """Show what thinking does to a text that is given; its tokens."""
     ids = tokenizer.encode(text, bos=True)
     if len(ids) < 2:
-        raise ValueError(f"{cfg.text_file} has {len(ids)} tokens: two are needed, since the first "
+        raise UserError(f"{cfg.text_file} has {len(ids)} tokens: two are needed, since the first "
                          "is predicted by none")
     first, *rest = given(objective, tokenizer, ids, cfg.think != "never", gate)
     if not (cfg.show_thoughts or cfg.json):
@@ -115,12 +116,12 @@ def read(cfg: SampleConfig, objective, tokenizer, gate: Gate | None,
 def written(cfg: SampleConfig) -> str:
     """The text of the command line, of a file, or of standard input."""
     path = cfg.text_file or cfg.prompt_file
-    if cfg.prompt or (not path and "--prompt" in config.given()):
+    if cfg.prompt or (not path and "--prompt" in config.options_on_command_line()):
         return cfg.prompt
     try:
         text = Path(path).read_text(encoding="utf-8") if path else sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path or 'standard input'} is not UTF-8 text: {error}") from None
+        raise UserError(f"{path or 'standard input'} is not UTF-8 text: {error}") from None
     return text.removesuffix("\n")
 
 
@@ -141,10 +142,10 @@ def main():
     tokenizer = tokenizers.load(weights.find_checkpoint(cfg.checkpoint))
     objective = weights.load_objective(cfg.checkpoint, cfg.device, tokenizer).requires_grad_(False)
     if not isinstance(objective, QuietSTaR) and (cfg.show_thoughts or cfg.html or cfg.gate):
-        raise ValueError(f"{cfg.checkpoint} has no thoughts to show: train it to think (train.py)")
+        raise UserError(f"{cfg.checkpoint} has no thoughts to show: train it to think (train.py)")
     gate = read_gate(cfg.gate, objective) if cfg.gate else None
     person = sys.stdin.isatty() and not (cfg.prompt_file or cfg.text_file
-                                         or "--prompt" in config.given())
+                                         or "--prompt" in config.options_on_command_line())
     for prompt in typed() if person else [written(cfg)]:
         try:
             texts = (read if cfg.text_file else generate)(cfg, objective, tokenizer, gate, prompt)
@@ -153,7 +154,7 @@ def main():
                 weights.atomic_write(cfg.html, lambda path: path.write_text(content, "utf-8"))
         except KeyboardInterrupt:                                 # enough of this text
             print()
-        except ValueError as error:
+        except UserError as error:
             if not person:
                 raise
             print(f"error: {error}", file=sys.stderr)             # another prompt may be right

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from config import UserError
 from attention import GrowingContext, PackedContext
 from lm_head import sample_tokens, chunked_cross_entropy
 from model import Mistral
@@ -56,7 +57,7 @@ class ThoughtConfig:
     def __post_init__(self):
         for name, least in (("thought_len", 0), ("n_thoughts", 1), ("n_true", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is below {least}")
+                raise UserError(f"{name}={getattr(self, name)} is below {least}")
 
 
 # ------------------------------------------------------------------------------------ small pieces
@@ -348,3 +349,8 @@ def every_position(ids_BL, last: bool = False):
     """0 .. L-2 for each text, the positions with something to predict; `last` adds L-1."""
     length = ids_BL.shape[1] - (not last)
     return torch.arange(length, device=ids_BL.device).expand(len(ids_BL), -1)
+
+
+def base_model(model) -> Mistral:
+    """Return the language model inside: `model` itself, or that of a QuietSTaR."""
+    return model.model if isinstance(model, QuietSTaR) else model

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from config import UserError
 from formats import bpe
 import config
 from formats.tensors import published
@@ -112,14 +113,14 @@ class WordTokenizer(Tokenizer):
         self.ids = {word: i for i, word in enumerate(spec["words"])}
         ends = spec["bos"], spec["eos"]
         if " ".join(self.ids).split() != spec["words"] or not {*ends} <= {None, *self.ids}:
-            raise ValueError("words repeat or hold white space, or bos or eos is not among them")
+            raise UserError("words repeat or hold white space, or bos or eos is not among them")
         bos, eos = map(self.ids.get, ends)
         super().__init__([b" " + word.encode() for word in self.ids], bos, eos, space_first=True)
 
     def _encode(self, text: str) -> list[int]:
         for word in text.split():
             if word not in self.ids:
-                raise ValueError(f"'{word}' is not one of the {len(self.ids)} words of {self.path}")
+                raise UserError(f"'{word}' is not one of the {len(self.ids)} words of {self.path}")
         return [self.ids[word] for word in text.split()]
 
 
@@ -128,14 +129,18 @@ def find(folder: str | Path) -> Path:
     for path in (Path(folder, name) for name in NAMES):
         if path.exists():
             return path
-    raise FileNotFoundError(f"{folder} holds no tokenizer ({', '.join(NAMES)}): copy one there")
+    raise UserError(f"{folder} holds no tokenizer ({', '.join(NAMES)}): copy one there")
+
+
+def exists(folder: str | Path) -> bool:
+    return any(Path(folder, name).exists() for name in NAMES)
 
 
 def load(path: str | Path) -> Tokenizer:
     """The tokenizer of a file or folder. ValueError if it is damaged, or changes plain text."""
     path = find(path) if Path(path).is_dir() else Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: name a tokenizer, or a folder that holds one")
+        raise UserError(f"{path} is missing: name a tokenizer, or a folder that holds one")
     content = path.read_bytes()
     try:
         spec = json.loads(content) if path.suffix == ".json" else content
@@ -143,14 +148,14 @@ def load(path: str | Path) -> Tokenizer:
                 WordTokenizer if "words" in spec else TiktokenTokenizer)
         tokenizer = kind(spec)
         if kind is not WordTokenizer and tokenizer.decode(tokenizer.encode(PLAIN)) != PLAIN:
-            raise ValueError("plain text comes back changed (truncated? no byte fallback?)")
+            raise UserError("plain text comes back changed (truncated? no byte fallback?)")
     except (RuntimeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
         known = ("JSON of a known kind" if path.suffix == ".json" else
                  "a sentencepiece model (nor is Llama 3's: use its tokenizer.json)")
-        raise ValueError(f"{path} is not {known}; if it is truncated or a git-lfs pointer, "
+        raise UserError(f"{path} is not {known}; if it is truncated or a git-lfs pointer, "
                          "download it again") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     tokenizer.path, tokenizer.sha256 = str(path), hashlib.sha256(content).hexdigest()
     return tokenizer
 
@@ -173,7 +178,7 @@ def train(texts: Iterable[str], vocab_size: int) -> bytes:
             max_sentence_length=2**24, minloglevel=2)
     except RuntimeError as error:
         reason = str(error).rpartition("]")[2].strip() or "it is empty"
-        raise ValueError(f"cannot make {vocab_size} tokens of this text: {reason}") from None
+        raise UserError(f"cannot make {vocab_size} tokens of this text: {reason}") from None
     return content.getvalue()
 
 

@@ -32,6 +32,7 @@ import eval as evaluation
 import distributed as parallel
 import tokenizer as tokenizers
 import weights
+from config import UserError
 from formats.tensors import fingerprint
 from model import Mistral, ModelConfig, NextToken
 from thoughts import QuietSTaR, ThoughtConfig, denominators
@@ -74,13 +75,13 @@ class TrainConfig:
                             ("crops", ("document", "stream")),
                             ("parallel", ("auto", "none", "ddp", "fsdp"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"--{name}={getattr(self, name)} is not one of {', '.join(known)}")
-        config.at_least(self, batch_size=1, grad_accum=1, seq_len=2, steps=0, eval_every=0, eval_texts=1,
+                raise UserError(f"--{name}={getattr(self, name)} is not one of {', '.join(known)}")
+        config.check_at_least(self, batch_size=1, grad_accum=1, seq_len=2, steps=0, eval_every=0, eval_texts=1,
                         save_every=1, recompute=0, lr=0, seed=0)
         if not 0 < self.think_share <= 1:
-            raise ValueError(f"--think_share={self.think_share} is not above 0 and at most 1")
+            raise UserError(f"--think_share={self.think_share} is not above 0 and at most 1")
         if not self.out or not self.data:
-            raise ValueError("--out=FOLDER and --data=FOLDER are needed (data.py makes the data)")
+            raise UserError("--out=FOLDER and --data=FOLDER are needed (data.py makes the data)")
 
 
 def build_objective(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: ThoughtConfig, tokenizer,
@@ -92,7 +93,7 @@ def build_objective(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: Thoug
         try:
             model = weights.load(resumed, dtype=None, thought_config=thought_cfg)
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"{error}{checkpoint.other(resumed)}") from None
+            raise UserError(f"{error}{checkpoint.other(resumed)}") from None
     elif cfg.init_from == "scratch":
         model = Mistral(model_cfg).init_weights(generator)
     else:
@@ -161,19 +162,19 @@ def configure() -> tuple[TrainConfig, ModelConfig, ThoughtConfig, dict | None]:
         return *config.parse(*kinds), None
     if not resumes:
         shape, settings = weights.read_config(weights.find_checkpoint(first.init_from))
-        fixed = [name for name in asdict(shape) if f"--{name}" in config.given()]
+        fixed = [name for name in asdict(shape) if f"--{name}" in config.options_on_command_line()]
         if fixed:
-            raise ValueError(f"--{fixed[0]} is the checkpoint's to say: {first.init_from} has "
+            raise UserError(f"--{fixed[0]} is the checkpoint's to say: {first.init_from} has "
                              f"{asdict(shape)[fixed[0]]}; leave it out")
         return *config.parse(*kinds, defaults=asdict(settings) if settings else None), None
     if not Path(first.out, "latest").is_file():
-        raise FileNotFoundError(f"nothing to resume in --out={first.out}: it has no file 'latest'")
+        raise UserError(f"nothing to resume in --out={first.out}: it has no file 'latest'")
     folder = weights.find_checkpoint(first.out)
     state = checkpoint.read_state(folder)
     cfg, model_cfg, thought_cfg = config.parse(*kinds, defaults=state["settings"])
     for name, value in asdict(model_cfg).items():
         if value != state["settings"][name]:
-            raise ValueError(f"cannot resume: {name} is {state['settings'][name]} in {folder}, "
+            raise UserError(f"cannot resume: {name} is {state['settings'][name]} in {folder}, "
                              f"{value} on the command line")
     return cfg, model_cfg, thought_cfg, state
 
@@ -238,7 +239,7 @@ def check_finite(values: dict[str, float], step: int, out: Path):
         pointer = out / "latest"
         good = out / pointer.read_text().strip() if pointer.is_file() else "none yet"
         norm = values["grad_norm"]
-        raise ValueError(f"loss is {values['loss']} at step {step} (grad norm {norm}); nothing was "
+        raise UserError(f"loss is {values['loss']} at step {step} (grad norm {norm}); nothing was "
                          f"learnt from it; last good checkpoint: {good}")
 
 
@@ -251,7 +252,7 @@ def main():
     signals = listen_for_signals()
     rows = parallel.rows_of(place, cfg.batch_size, cfg.grad_accum)
     if state is None and (out / "latest").is_file():
-        raise ValueError(f"{out} already holds a run: --init_from=resume goes on with it, "
+        raise UserError(f"{out} already holds a run: --init_from=resume goes on with it, "
                          f"another --out starts anew")
 
     # data
@@ -260,7 +261,7 @@ def main():
     crops = data.Batches(train_file, cfg.seq_len, cfg.crops, cfg.seed)
 
     # model
-    if state is None and cfg.init_from == "scratch" and "--vocab_size" not in config.given():
+    if state is None and cfg.init_from == "scratch" and "--vocab_size" not in config.options_on_command_line():
         model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
     resumed = None if state is None else weights.find_checkpoint(cfg.out)
     objective = build_objective(cfg, model_cfg, thought_cfg, tokenizer, resumed)
@@ -270,7 +271,7 @@ def main():
     settings = asdict(cfg) | asdict(objective.model.config) | asdict(thought_cfg)
     branch = (thought_cfg.thought_len + thought_cfg.n_true + 1) * (cfg.objective == "quiet")
     if cfg.seq_len + branch > objective.model.config.max_seq_len:
-        raise ValueError(f"--seq_len={cfg.seq_len} and {branch} for a thought and what it is graded "
+        raise UserError(f"--seq_len={cfg.seq_len} and {branch} for a thought and what it is graded "
                          f"on exceed the context of {objective.model.config.max_seq_len}")
     step = state["step"] if state else 0
     parallel.agree(facts(settings, step, tokenizer, objective), place)

@@ -22,6 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import config
+from config import UserError
 from formats import huggingface as formats
 import distributed as parallel
 import tokenizer as tokenizers
@@ -55,7 +56,7 @@ def load(folder: str | Path, device="cpu", dtype: torch.dtype | None = torch.flo
     """
     path, file = _find(Path(folder))
     if file.name == MISTRAL_FILES[1] and file.with_name("consolidated.01.pth").exists():
-        raise ValueError(f"{folder} is split for tensor parallelism: not supported")
+        raise UserError(f"{folder} is split for tensor parallelism: not supported")
     for name in MISTRAL_FILES:
         if path.name == "config.json" and path.with_name(name).exists():
             print(f"ignoring {name}")
@@ -99,14 +100,13 @@ def load_objective(folder: str, device: str, tokenizer) -> QuietSTaR | NextToken
 def check_tokenizer(folder: str, shape: ModelConfig, tokenizer) -> None:
     """ValueError if `tokenizer` is not the one beside the checkpoint, or is too large for it."""
     if tokenizer.vocab_size > shape.vocab_size:
-        raise ValueError(f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, model "
+        raise UserError(f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, model "
                          f"embeds {shape.vocab_size}: it belongs to another model than {folder}")
-    try:
-        own = tokenizers.load(find_checkpoint(folder))
-    except FileNotFoundError:             # some checkpoints come without
+    if not tokenizers.exists(find_checkpoint(folder)):         # some checkpoints come without
         return
+    own = tokenizers.load(find_checkpoint(folder))
     if own.sha256 != tokenizer.sha256:
-        raise ValueError(f"{tokenizer.path} is another tokenizer than {own.path}: prepare the data "
+        raise UserError(f"{tokenizer.path} is another tokenizer than {own.path}: prepare the data "
                          f"with --tokenizer={own.path}")
 
 
@@ -131,7 +131,7 @@ class _Uninitialised(TorchFunctionMode):
 
 def _embedding(model: Mistral, dash_id: int | None):
     if dash_id is None or not 0 <= dash_id < model.config.vocab_size:
-        raise ValueError(f"dash_id={dash_id}: give the em dash's token id, which is below "
+        raise UserError(f"dash_id={dash_id}: give the em dash's token id, which is below "
                          f"{model.config.vocab_size}")
     return model.embed.weight[dash_id].detach()
 
@@ -142,7 +142,7 @@ def _find(folder: Path) -> tuple[Path, Path]:
         for name in names:
             if (folder / config_name).exists() and (folder / name).exists():
                 return folder / config_name, folder / name
-    raise FileNotFoundError(f"{folder} holds no whole checkpoint: config.json and model.safetensors"
+    raise UserError(f"{folder} holds no whole checkpoint: config.json and model.safetensors"
                             " (or its index, or .bin), or params.json and consolidated.safetensors")
 
 
@@ -155,19 +155,19 @@ def _checked_names(path: Path, model: nn.Module, layout: str, tensors: dict) -> 
     absent = [name for name in names.values() if name not in tensors]
     for trouble, found in ("has {} unknown tensors", unknown), ("lacks {} tensors", absent):
         if found:
-            raise ValueError(f"{path.parent}: checkpoint {trouble.format(len(found))}, "
+            raise UserError(f"{path.parent}: checkpoint {trouble.format(len(found))}, "
                              f"first {min(found)}")
     for name, parameter in model.named_parameters():
         stored, implied = tensors[names[name]], tuple(parameter.shape)
         found, dtype = tuple(stored.tensor.shape), stored.tensor.dtype
         implied = (2, *implied) if names[name] in formats.MARKERS else implied
         if ".attention.q." in name and found[1:] == implied[1:] and found != implied:
-            raise ValueError(f"{names[name]} has {found[0]} rows, n_heads * head_dim = {implied[0]}"
+            raise UserError(f"{names[name]} has {found[0]} rows, n_heads * head_dim = {implied[0]}"
                              f": wrong head_dim in {path}")
         if found != implied:
-            raise ValueError(f"{names[name]}: checkpoint {found}, config implies {implied}")
+            raise UserError(f"{names[name]}: checkpoint {found}, config implies {implied}")
         if not dtype.is_floating_point or dtype.itemsize == 1:
-            raise ValueError(f"{stored.file}: checkpoint dtype {dtype} is quantised, not supported")
+            raise UserError(f"{stored.file}: checkpoint dtype {dtype} is quantised, not supported")
     return names
 
 
@@ -193,7 +193,7 @@ def save(model: Mistral | QuietSTaR, folder: str | Path, layout: str = "ours",
         files, entry = dict(zip(names, shards)), HF_FILES[0]
     for name in (*HF_FILES, *MISTRAL_FILES, "config.json", "params.json"):
         if name not in (entry, config_name) and (folder / name).exists():
-            raise ValueError(f"{folder} holds another checkpoint ({name}): choose an empty folder")
+            raise UserError(f"{folder} holds another checkpoint ({name}): choose an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / config_name).unlink(missing_ok=True)
     for file, names in files.items():
@@ -227,7 +227,7 @@ def _export(model: Mistral | QuietSTaR, parameters: dict[str, torch.Tensor], lay
     """The layout's tensors by name, without gradient, and its config, which says `dtype`."""
     quiet = model if isinstance(model, QuietSTaR) else None
     if layout not in formats.LAYOUTS or (layout == "official" and not quiet):
-        raise ValueError(f"layout '{layout}' is not one of {', '.join(formats.LAYOUTS)}, or needs "
+        raise UserError(f"layout '{layout}' is not one of {', '.join(formats.LAYOUTS)}, or needs "
                          "a model that thinks")
     base, settings = (quiet.model, quiet.config) if quiet else (model, None)
     shape, tensors = base.config, {}
@@ -275,21 +275,19 @@ class ConvertConfig:
 
     def __post_init__(self):
         if not self.checkpoint or not self.out:
-            raise ValueError("--checkpoint=FOLDER and --out=FOLDER are needed")
+            raise UserError("--checkpoint=FOLDER and --out=FOLDER are needed")
         if self.dtype not in ("", "float32", "bfloat16", "float16"):
-            raise ValueError(f"--dtype={self.dtype} is not one of float32, bfloat16, float16")
+            raise UserError(f"--dtype={self.dtype} is not one of float32, bfloat16, float16")
 
 
 def main():
     (cfg,) = config.parse(ConvertConfig)
     folder = find_checkpoint(cfg.checkpoint)
-    try:
-        tokenizer = tokenizers.load(folder)
-    except FileNotFoundError as error:
-        print(f"no tokenizer is copied: {error}")
-        tokenizer = None
+    tokenizer = tokenizers.load(folder) if tokenizers.exists(folder) else None
+    if tokenizer is None:
+        print(f"no tokenizer is copied: {folder} holds none")
     if cfg.reset_markers and not tokenizer:
-        raise ValueError("--reset_markers needs the tokenizer, for its em dash, beside the weights")
+        raise UserError("--reset_markers needs the tokenizer, for its em dash, beside the weights")
     dash_id = tokenizers.dash_id(tokenizer) if cfg.reset_markers else None
     model = load(folder, dtype=None, reset_markers=cfg.reset_markers, dash_id=dash_id)
     save(model, cfg.out, cfg.layout, getattr(torch, cfg.dtype, None), tokenizer=tokenizer)

@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable
 
 import tiktoken
+from config import UserError
 
 # GPT-2's expression, applied between single digits, as one: white space before a digit stays whole.
 BETWEEN_DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
@@ -49,10 +50,10 @@ def _tekken(spec: dict) -> tuple:
     n_special = settings["default_num_special_tokens"]      # these come first
     n = settings["default_vocab_size"] - n_special          # the file lists more than models know
     if len(vocab) < n:
-        raise ValueError(f"vocab needs {n} entries, has {len(vocab)}: download it again")
+        raise UserError(f"vocab needs {n} entries, has {len(vocab)}: download it again")
     for i, entry in enumerate(vocab[:n]):
         if entry["rank"] != i:
-            raise ValueError(f"vocab entry {i} has rank {entry['rank']}: download it again")
+            raise UserError(f"vocab entry {i} has rank {entry['rank']}: download it again")
     ranks = {base64.b64decode(entry["token_bytes"]): n_special + i
              for i, entry in enumerate(vocab[:n])}
     return settings["pattern"], ranks, dict.fromkeys(range(n_special), b""), 1, 2
@@ -64,7 +65,7 @@ def _byte_level(spec: dict) -> tuple:
     merged = ["".join(merge).replace(" ", "") for merge in spec["model"]["merges"]]
     ids = list(dict.fromkeys(vocab[piece] for piece in merged))
     if ids != sorted(ids):
-        raise ValueError(f"merges are not in the order of their ids, and tiktoken's are: {INSTEAD}")
+        raise UserError(f"merges are not in the order of their ids, and tiktoken's are: {INSTEAD}")
     added, byte = {token["content"]: token for token in spec["added_tokens"]}, _byte_of_letter()
     ranks = {bytes(byte[c] for c in piece): i for piece, i in vocab.items() if piece not in added}
     special = {a["id"]: b"" if a["special"] else text.encode() for text, a in added.items()}
@@ -91,7 +92,7 @@ def _regex(spec: dict) -> str:
               {"type": "BPE"}]:
             return BETWEEN_DIGITS
     names = " + ".join(part["type"] if part else "nothing" for part in shape)
-    raise ValueError(f"{names} with its settings is not known here, and 'pip install tokenizers' "
+    raise UserError(f"{names} with its settings is not known here, and 'pip install tokenizers' "
                      f"will not help, it is not used: {INSTEAD}")
 
 

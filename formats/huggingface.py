@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from config import UserError
 from model import ModelConfig
 from thoughts import ThoughtConfig
 
@@ -91,19 +92,19 @@ def from_config(given: dict, path: Path) -> tuple[ModelConfig, ThoughtConfig | N
     named = [name.removesuffix("ForCausalLM").lower() for name in given.get("architectures") or ()]
     for name in (family, *named):
         if name not in known:
-            raise ValueError(f"{path}: model_type '{name}' is not supported "
+            raise UserError(f"{path}: model_type '{name}' is not supported "
                              f"({', '.join(FAMILIES)})")
     rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
     for key, only in REFUSED.items():
         value = given.get(key) or rope.get(key)
         if value and value != only:
-            raise ValueError(f"{path}: {key} = {str(value)[:60]} is not supported")
+            raise UserError(f"{path}: {key} = {str(value)[:60]} is not supported")
     found = {"windows": _windows(given, is_hf, path)}
     for ours, *theirs in KEYS:
         value = given.get(theirs[not is_hf])
         found[ours] = IF_ABSENT.get(ours) if value is None else value
         if found[ours] is None:
-            raise ValueError(f"{path} lacks {theirs[not is_hf]}")
+            raise UserError(f"{path} lacks {theirs[not is_hf]}")
     found["n_kv_heads"] = found["n_kv_heads"] or found["n_heads"]
     # where not given: 1e4, but 1e6 in a params.json without window, as in Mistral's first program
     unsaid = 1e4 if is_hf or any(found["windows"]) else 1e6
@@ -113,7 +114,7 @@ def from_config(given: dict, path: Path) -> tuple[ModelConfig, ThoughtConfig | N
     section = given.get("quiet_star") or {}
     unknown = section.keys() - {field.name for field in fields(ThoughtConfig)}
     if unknown:
-        raise ValueError(f"{path}: quiet_star has the unknown setting '{min(unknown)}'")
+        raise UserError(f"{path}: quiet_star has the unknown setting '{min(unknown)}'")
     marker_ids = tuple(section.get("marker_ids", ()))
     settings = ThoughtConfig(**section | {"marker_ids": marker_ids}) if section else None
     return ModelConfig(**found, **_rope(rope, path)), settings
@@ -130,20 +131,20 @@ def _windows(given: dict, is_hf: bool, path: Path) -> tuple[int, ...]:
         return ()
     types = ["sliding_attention"] if family == "mistral" else given.get("layer_types") or ["no"]
     if not set(types) <= {"sliding_attention", "full_attention"}:
-        raise ValueError(f"{path}: sliding_window with {types[0]} layer_types is not supported")
+        raise UserError(f"{path}: sliding_window with {types[0]} layer_types is not supported")
     return tuple(window if name == "sliding_attention" else 0 for name in types)
 
 
 def _rope(rope: dict, path: Path) -> dict:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_NEEDS:
-        raise ValueError(f"{path}: rope_scaling type '{kind}' is not supported "
+        raise UserError(f"{path}: rope_scaling type '{kind}' is not supported "
                          f"({', '.join(ROPE_NEEDS)})")
     if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"{path}: rope_parameters for each layer type are not supported")
+        raise UserError(f"{path}: rope_parameters for each layer type are not supported")
     for _, theirs in ROPE_NEEDS[kind]:
         if theirs not in rope:
-            raise ValueError(f"{path}: rope_scaling of type '{kind}' lacks {theirs}")
+            raise UserError(f"{path}: rope_scaling of type '{kind}' lacks {theirs}")
     return {"rope_type": kind} | {ours: rope[theirs] for ours, theirs in ROPE_NEEDS[kind]}
 
 
@@ -155,7 +156,7 @@ def to_config(config: ModelConfig, layout: str, thoughts: ThoughtConfig | None,
     """
     if layout == "mistral":
         if config.rope_type != "default":
-            raise ValueError(f"params.json has no rope '{config.rope_type}': use --layout=ours")
+            raise UserError(f"params.json has no rope '{config.rope_type}': use --layout=ours")
         window = config.windows[0] if len(config.windows) == 1 else list(config.windows)
         given = {theirs: getattr(config, ours) for ours, _, theirs in KEYS}
         return given | {"rope_theta": config.rope_theta, "sliding_window": window or None,
@@ -165,7 +166,7 @@ def to_config(config: ModelConfig, layout: str, thoughts: ThoughtConfig | None,
         windows = [w if w < config.max_seq_len else 0 for w in windows]
     sizes = sorted(set(windows) - {0})
     if len(sizes) > 1:
-        raise ValueError(f"config.json holds one sliding_window, not {sizes}: use --layout=mistral")
+        raise UserError(f"config.json holds one sliding_window, not {sizes}: use --layout=mistral")
     family = ("qwen2" if config.qkv_bias else "ministral" if sizes and 0 in windows else
               "mistral" if sizes or config.rope_type == "default" else "llama")
     rope = {"rope_type": config.rope_type} | {

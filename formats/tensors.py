@@ -26,6 +26,7 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from config import UserError
 
 PIECE = 64 << 20                      # bytes that are converted at a time
 
@@ -63,12 +64,12 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     files = {name: path.parent / name for name in sorted(set(index.values()))}
     absent = [name for name, file in files.items() if not file.exists()]
     if absent:
-        raise FileNotFoundError(f"{path} names {len(absent)} of {len(files)} files that are missing"
+        raise UserError(f"{path} names {len(absent)} of {len(files)} files that are missing"
                                 f": {absent[0]}")
     shards = {name: stored_tensors(file) for name, file in files.items()}
     for name, shard in index.items():
         if name not in shards[shard]:
-            raise ValueError(f"{name} is in the index but not in {files[shard]}")
+            raise UserError(f"{name} is in the index but not in {files[shard]}")
     return {name: stored for shard in shards.values() for name, stored in shard.items()}
 
 
@@ -77,26 +78,26 @@ def _open(file: Path) -> dict[str, torch.Tensor]:
     with open(file, "rb") as opened:
         start = opened.read(64)
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{file} is a git-lfs pointer ({size} bytes), not weights: "
+        raise UserError(f"{file} is a git-lfs pointer ({size} bytes), not weights: "
                          "run 'git lfs pull'")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise ValueError(f"{file} is an HTML page ({size} bytes), not weights: download it again")
+        raise UserError(f"{file} is an HTML page ({size} bytes), not weights: download it again")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         is_zip = start.startswith(b"PK")      # files from before torch 1.6 cannot be mapped
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except SafetensorError:
-        raise ValueError(f"{file} is incomplete ({size} bytes; header expects "
+        raise UserError(f"{file} is incomplete ({size} bytes; header expects "
                          f"{_expected_size(file)}): download it again") from None
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"{file} holds objects other than tensors ({found[1] if found else '?'}); "
+        raise UserError(f"{file} holds objects other than tensors ({found[1] if found else '?'}); "
                          "refusing to run code from a checkpoint") from None
     except (RuntimeError, OSError, EOFError):
-        raise ValueError(f"{file} is not a readable checkpoint (interrupted save?)") from None
+        raise UserError(f"{file} is not a readable checkpoint (interrupted save?)") from None
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise ValueError(f"{file} holds objects other than tensors: it is not a state_dict")
+        raise UserError(f"{file} holds objects other than tensors: it is not a state_dict")
     return tensors
 
 
@@ -112,7 +113,7 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from None
+        raise UserError(f"{path} is not JSON ({error}): download it again") from None
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -124,14 +125,14 @@ def checkpoints(out: Path) -> list[Path]:
 def find_checkpoint(folder: str) -> Path:
     """A folder with a model in it, or the newest checkpoint of a run's folder."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder} is missing: name a folder that holds a checkpoint")
+        raise UserError(f"{folder} is missing: name a folder that holds a checkpoint")
     pointer = Path(folder, "latest")
     if not pointer.is_file():
         return Path(folder)
     named = Path(folder, pointer.read_text().strip())
     whole = checkpoints(Path(folder))
     if not named.is_dir() and not whole:
-        raise FileNotFoundError(f"{pointer} names {named.name}, which is gone as are all others")
+        raise UserError(f"{pointer} names {named.name}, which is gone as are all others")
     return named if named.is_dir() else whole[-1]
 
 

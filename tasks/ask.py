@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from config import UserError
 from tasks import qa as tasks
 import weights
 from tasks.bootstrap import PLAIN, TEMPERATURES, ResultsFile, Progress, temperature_scaled
@@ -78,7 +79,7 @@ def ask(objective, tokenizer, cfg, place, out: str) -> dict:
     ledger.wait(place)
     rows = [row for row in ledger.rows().values() if row["number"] in answers]
     if len(rows) != len(questions):
-        raise ValueError(f"{ledger.path} has {len(rows)} of {len(questions)} questions: some rank "
+        raise UserError(f"{ledger.path} has {len(rows)} of {len(questions)} questions: some rank "
                          "did not finish; the same command goes on")
     units, fitted = measures(rows)
     return dict(of=of, **how, temperatures=fitted, units=units)

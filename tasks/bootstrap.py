@@ -20,6 +20,7 @@ import torch
 
 import distributed as parallel
 import weights
+from config import UserError
 from formats.tensors import read_json
 
 N_BOOTSTRAP = 1000
@@ -78,11 +79,11 @@ def compare(result: dict, path: str) -> dict[str, dict]:
     other = read_json(Path(path))
     if not isinstance(other, dict) or other.get("of") != result["of"]:
         found = other.get("of") if isinstance(other, dict) else "something else"
-        raise ValueError(f"{path} is of {found}, not of {result['of']}: only the same texts or "
+        raise UserError(f"{path} is of {found}, not of {result['of']}: only the same texts or "
                          "questions can be compared")
     mine, theirs = result["units"], other["units"]
     if list(theirs["count"]) != list(mine["count"]):
-        raise ValueError(f"{path} counts other tokens of the same texts: only the same tokens can "
+        raise UserError(f"{path} counts other tokens of the same texts: only the same tokens can "
                          "be compared")
     return {name: interval(np.subtract(mine[name], theirs[name]), mine["count"])
             for name in mine if name in theirs and name != "count"}
@@ -143,7 +144,7 @@ class ResultsFile:
             rows = self.lines() if self.path.is_file() else []
             if len(rows) > 1 and rows[0] != of:
                 key = next((k for k in of if rows[0].get(k) != of[k]), "what it holds")
-                raise ValueError(f"{path} was made with another {key} ({rows[0].get(key)}, now "
+                raise UserError(f"{path} was made with another {key} ({rows[0].get(key)}, now "
                                  f"{of.get(key)}): delete it, or choose another --out")
             text = "".join(json.dumps(row) + "\n" for row in [of, *rows[1:]])
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ import data
 import distributed as parallel
 import tokenizer as tokenizers
 import weights
+from config import UserError
 from tasks.bootstrap import Progress
 from predict import complete, predictions, thinks
 
@@ -49,7 +50,7 @@ class QuietStarLM(TemplateLM):
                  device: str = "auto", batch_size: int | str = 16, max_batch_size=None):
         super().__init__()
         if not checkpoint or thoughts not in ("own", "swapped", "none"):
-            raise ValueError(f"--model_args checkpoint={checkpoint},thoughts={thoughts}: a folder, "
+            raise UserError(f"--model_args checkpoint={checkpoint},thoughts={thoughts}: a folder, "
                              "and own, swapped or none")
         self.tokens = tokenizers.load(weights.find_checkpoint(checkpoint))
         here = "cpu" if device == "cpu" else "auto"         # its default names a GPU, there or not
@@ -80,7 +81,7 @@ class QuietStarLM(TemplateLM):
         asked: dict[tuple, list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             if len(continuation) >= self.max_length:
-                raise ValueError(f"an answer of {len(continuation)} tokens does not fit into a "
+                raise UserError(f"an answer of {len(continuation)} tokens does not fit into a "
                                  f"context of {self.max_length}")
             ids = [*context, *continuation][-self.max_length:]
             seen = tuple(ids[:-1]), len(ids) - len(continuation)     # the last token is only scored
@@ -124,7 +125,7 @@ class QuietStarLM(TemplateLM):
         A request draws from numbers of its own place in the list: batches change nothing.
         """
         if self.thoughts == "swapped":
-            raise ValueError("thoughts=swapped: text being written has nobody to swap with")
+            raise UserError("thoughts=swapped: text being written has nobody to swap with")
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         same: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -150,7 +151,7 @@ class QuietStarLM(TemplateLM):
         known = {"until", "do_sample", "temperature", "max_gen_toks"}
         other = {k: v for k, v in given.items() if k not in known and v not in (None, 0, 1.0)}
         if other:
-            raise ValueError(f"generation options {other} are not supported: only {sorted(known)}")
+            raise UserError(f"generation options {other} are not supported: only {sorted(known)}")
         temperature = float(given.get("temperature", 1.0)) if given.get("do_sample") else 0.0
         max_new = min(int(given.get("max_gen_toks", 256)), self.max_length - 1)
         return [until] if isinstance(until, str) else list(until), temperature, max_new
@@ -165,7 +166,7 @@ def read_locally(files: str, folder: str):
         named = re.compile(rf"^task:\s*{re.escape(task)}\s*$", re.MULTILINE)
         spec = next((str(file) for file, text in theirs if named.search(text)), None)
         if spec is None:
-            raise ValueError(f"--files: the harness has no task '{task}' (of {task}={path})")
+            raise UserError(f"--files: the harness has no task '{task}' (of {task}={path})")
         rows = Path(folder, f"{task}.jsonl")
         rows.write_text("".join(json.dumps(flat(row)) + "\n" for _, row in data.read_rows(path)))
         splits = {name: str(rows) for name in ("train", "validation", "test")}
@@ -185,7 +186,7 @@ def flat(row: dict) -> dict:
 
 def main():
     if TemplateLM is object:
-        raise ValueError("the lm-evaluation-harness is not here: pip install lm-eval==0.4.13")
+        raise UserError("the lm-evaluation-harness is not here: pip install lm-eval==0.4.13")
     from lm_eval.__main__ import cli_evaluate
     files = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("--files=")]
     sys.argv[1:] = [word for word in sys.argv[1:] if not word.startswith("--files=")]

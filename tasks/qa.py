@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 import data
+from config import UserError
 
 TASKS = ("gsm8k", "commonsense_qa")
 MARKER, LETTERS = "\nA:", "ABCDE"
@@ -51,18 +52,18 @@ def read(task: str, path: str) -> list[Question]:
         try:
             questions.append(Question(number, *parse(row)))
         except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path}:{number}: not a row of {task}") from None
+            raise UserError(f"{path}:{number}: not a row of {task}") from None
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
+            raise UserError(f"{path}:{number}: {error}") from None
     if not questions:
-        raise ValueError(f"{path} holds no question")
+        raise UserError(f"{path} holds no question")
     return questions
 
 
 def _gsm8k(row: dict) -> tuple[str, str, str]:
     _, marker, answer = row["answer"].rpartition("####")
     if not marker or not answer.strip():
-        raise ValueError("no '####' answer")
+        raise UserError("no '####' answer")
     return "Q: " + row["question"], answer, number_in(answer)
 
 
@@ -73,10 +74,10 @@ def _commonsense_qa(row: dict) -> tuple[str, str, str]:
         question, choices = question["stem"], question["choices"]
         choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
     if not row.get("answerKey"):
-        raise ValueError("no answerKey: the test split has no answers, use the dev split")
+        raise UserError("no answerKey: the test split has no answers, use the dev split")
     labels, key = "".join(choices["label"]), row["answerKey"]
     if labels != LETTERS or key not in LETTERS:
-        raise ValueError(f"answerKey {key} of choices {labels}: one of A to E is expected")
+        raise UserError(f"answerKey {key} of choices {labels}: one of A to E is expected")
     options = [f"({label}) {text}" for label, text in zip(choices["label"], choices["text"])]
     return "\n".join(["Q: " + question, *options]), " " + key, key
 
@@ -117,7 +118,7 @@ def alphabets(tokenizer) -> Alphabets:
         return ids if alone and len(set(ids)) == len(symbols) + 1 else None
     digits, letters = ids_of("0123456789"), ids_of(LETTERS)
     if letters is None:
-        raise ValueError(f"{tokenizer.path} does not write {', '.join(LETTERS)} as a token each: "
+        raise UserError(f"{tokenizer.path} does not write {', '.join(LETTERS)} as a token each: "
                          "answers cannot be compared")
     if digits and tokenizer.encode(f"{MARKER} 12\n")[-3:] != [digits[1], digits[2], digits[-1]]:
         digits = None

@@ -42,7 +42,7 @@ def test_defaults_can_be_replaced_and_the_command_line_wins():
     (["--salted=perhaps"], "expected true or false, got 'perhaps'"),
     (["stray"], "unknown option stray")])
 def test_a_mistake_is_one_line_that_names_the_value(argv, words):
-    with pytest.raises(config.UsageError) as error:
+    with pytest.raises(config.UserError) as error:
         parse(*argv)
     assert words in str(error.value) and "\n" not in str(error.value)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import config
+from config import UserError
 from model import Mistral, ModelConfig, NextToken
 from inference import Generator
 from thoughts import QuietSTaR, ThoughtConfig, every_position
@@ -53,7 +54,7 @@ class BenchConfig:
         for name, known in (("kind", ("train", "growth", "generate", "all")), ("shape", SHAPES),
                             ("dtype", ("float32", "bfloat16"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"--{name}={getattr(self, name)} is none of {', '.join(known)}")
+                raise UserError(f"--{name}={getattr(self, name)} is none of {', '.join(known)}")
 
 
 def forward_flops(m: ModelConfig, tokens: float, pairs: float, predictions: float) -> float:
@@ -164,7 +165,7 @@ def collect(cfg: BenchConfig, variants: dict[str, str]) -> dict[str, dict[str, f
         done = subprocess.run([sys.executable, "-m", "tools.bench", *sys.argv[1:], *options.split()],
                               capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"'{name}' ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+            raise UserError(f"'{name}' ended with {done.returncode}: {done.stderr.strip()[-300:]}")
         found[name].append(json.loads(done.stdout))
     return {name: {key: (min if key == "seconds" else max)(r[key] for r in runs) for key in runs[0]}
             for name, runs in found.items()}
@@ -205,14 +206,14 @@ def generate_table(cfg: BenchConfig, c: ThoughtConfig):
 
 
 def main():
-    if "--plan" in config.given():
+    if "--plan" in config.options_on_command_line():
         from tools import memory as plan
         return plan.main()
     kinds = BenchConfig, ModelConfig, ThoughtConfig
     cfg, m, c = config.parse(*kinds, defaults=SHAPES[config.parse(*kinds)[0].shape])
     device = "cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu"
     if cfg.device not in ("auto", device):
-        raise ValueError(f"--device={cfg.device}: torch sees none here; leave it out for {device}")
+        raise UserError(f"--device={cfg.device}: torch sees none here; leave it out for {device}")
     torch.set_num_threads(1)
     if cfg.variant:
         return print(json.dumps(measure(cfg, m, c, device)))

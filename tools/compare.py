@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import config
+from config import UserError
 from eval import BINNED
 from tools.figures import BASE, MIXED, MUTED, canvas, runs
 
@@ -50,7 +51,7 @@ def controls(paths: tuple[str, ...], out: str):
     figure, (right, nll, length) = canvas(3, 4.4, 3.6)
     shown = [control for control in CONTROLS if control[1] in found]
     if not shown:
-        raise ValueError(f"no control among {', '.join(found)}: files are named after "
+        raise UserError(f"no control among {', '.join(found)}: files are named after "
                          f"{', '.join(dict.fromkeys(name for _, name, _ in CONTROLS))}")
     for place, (_, name, which) in enumerate(reversed(shown)):
         colour = MIXED if (name, which) == ("thinking", "mixed") else BASE
@@ -123,7 +124,7 @@ class CompareConfig:
 
     def __post_init__(self):
         if self.kind not in ("controls", "difficulty") or not self.input:
-            raise ValueError(f"--kind={self.kind} --input={','.join(self.input)}: a kind is one of "
+            raise UserError(f"--kind={self.kind} --input={','.join(self.input)}: a kind is one of "
                              "controls, difficulty, and needs --input=FILE[,FILE]")
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import config
+from config import UserError
 from attention import may_attend
 
 BASE, MIXED, MUTED = "#7f7f7f", "#0b6e4f", "#c8c8c8"
@@ -28,7 +29,7 @@ def canvas(columns: int, width: float = 4.2, height: float = 3.2):
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
+        raise UserError("drawing needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, columns, figsize=(width * columns, height),
@@ -73,7 +74,7 @@ def rows(path: str, name: str):
         lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
         pairs = [(step, row[name]) for step, row in [(r["step"], r) for r in lines] if name in row]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not the log.jsonl of a run: see its --out folder") from None
+        raise UserError(f"{path} is not the log.jsonl of a run: see its --out folder") from None
     return ([step for step, _ in pairs], [value for _, value in pairs])
 
 
@@ -140,7 +141,7 @@ def evaluated(path: str, *names: str) -> dict:
     except ValueError:
         found = None
     if not isinstance(found, dict) or not found.keys() >= {"nll_base", *names}:
-        raise ValueError(f"{path} is not what an evaluation found: eval.py --data --out writes it")
+        raise UserError(f"{path} is not what an evaluation found: eval.py --data --out writes it")
     return found
 
 
@@ -173,11 +174,11 @@ class FigureConfig:
 
     def __post_init__(self):
         if self.kind not in ("top", "mask", "curves", "table"):
-            raise ValueError(f"--kind={self.kind} is none of top, mask, curves, table")
+            raise UserError(f"--kind={self.kind} is none of top, mask, curves, table")
         if self.kind != "mask" and not self.input:
-            raise ValueError(f"--kind={self.kind} needs --input=FILE[,FILE]")
+            raise UserError(f"--kind={self.kind} needs --input=FILE[,FILE]")
         if self.kind == "top" and len(self.input) != 2:
-            raise ValueError("--kind=top needs --input=EVAL_JSON,LOG_JSONL")
+            raise UserError("--kind=top needs --input=EVAL_JSON,LOG_JSONL")
 
 
 def main():

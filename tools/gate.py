@@ -22,6 +22,7 @@ import torch
 
 import config
 import data
+from config import UserError
 from tools import figures
 import tokenizer as tokenizers
 import weights
@@ -131,11 +132,11 @@ class GateConfig:
 
     def __post_init__(self):
         if not self.checkpoint or not self.data:
-            raise ValueError("--checkpoint=FOLDER and --data=FOLDER are needed")
+            raise UserError("--checkpoint=FOLDER and --data=FOLDER are needed")
         if not 0 < self.share <= 1:
-            raise ValueError(f"--share={self.share} is not above 0 and at most 1")
+            raise UserError(f"--share={self.share} is not above 0 and at most 1")
         if self.texts < 2:
-            raise ValueError(f"--texts={self.texts} is below 2: half of them choose thresholds")
+            raise UserError(f"--texts={self.texts} is below 2: half of them choose thresholds")
 
 
 def main():
@@ -143,7 +144,7 @@ def main():
     tokenizer = tokenizers.load(cfg.data)
     quiet = weights.load_objective(cfg.checkpoint, cfg.device, tokenizer)
     if not isinstance(quiet, QuietSTaR):
-        raise ValueError(f"{cfg.checkpoint} has no thoughts to gate: train it to think (train.py)")
+        raise UserError(f"{cfg.checkpoint} has no thoughts to gate: train it to think (train.py)")
     train, val = (data.TokenFile(cfg.data, split) for split in ("train", "val"))
     n = min(cfg.texts, val.n_docs)
     fitted = observe(quiet, train, slice(0, min(cfg.texts, train.n_docs)), cfg.seq_len)

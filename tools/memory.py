@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_iter
 
 import config
 import distributed as parallel
+from config import UserError
 from attention import PackedContext
 from lm_head import ROWS
 from model import Block, Mistral, ModelConfig, rope
@@ -43,9 +44,9 @@ class PlanConfig:
     network: float = 50.0             # GB/s that a GPU receives from other nodes (400 Gb/s each)
 
     def __post_init__(self):
-        config.at_least(self, batch_size=1, grad_accum=1, seq_len=2, recompute=0)
+        config.check_at_least(self, batch_size=1, grad_accum=1, seq_len=2, recompute=0)
         if min(self.gpus) < 1:
-            raise ValueError(f"--gpus={min(self.gpus)} is below 1")
+            raise UserError(f"--gpus={min(self.gpus)} is below 1")
 
     @property
     def width(self) -> int:           # bytes of a number in a matrix product

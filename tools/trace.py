@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from config import UserError
 from inference import StepOutput, Gate, Generator
 from lm_head import chunk_rows
 from model import CausalContext
@@ -137,7 +138,7 @@ def given(objective, tokenizer, ids: list[int], think: bool = True,
     branch_len = objective.config.thought_len + objective.config.n_true + 1 if think else 0
     if len(ids) + branch_len > model.config.max_seq_len:
         context = f"{model.config.max_seq_len} with {branch_len} kept for thoughts"
-        raise ValueError(f"the text is {len(ids)} tokens, context is {context}: shorten the text")
+        raise UserError(f"the text is {len(ids)} tokens, context is {context}: shorten the text")
     ids_BL = torch.tensor([ids], device=model.embed.weight.device)
     every_BL = torch.arange(len(ids), device=ids_BL.device)[None]
     base_LD = model(ids_BL, CausalContext(every_BL))[0, :-1]
