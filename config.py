@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import types
 import typing
 from contextlib import contextmanager
@@ -219,3 +220,25 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------- progress
+
+class Progress:
+    """Share done and time left on stderr: each second on a screen, twice a minute elsewhere."""
+    def __init__(self, n_work: int, what: str, show: bool = True):
+        self.n_work = max(1, n_work)
+        self.what, self.show, self.done = what, show, 0
+        self.on_screen = sys.stderr.isatty()
+        self.started = self.shown = time.monotonic()
+
+    def __call__(self, work: int) -> None:
+        self.done += work
+        now = time.monotonic()
+        wait = 1 if self.on_screen else 30                   # seconds
+        if self.show and now - self.shown > wait:
+            self.shown = now
+            spent = now - self.started
+            left = spent * (self.n_work - self.done) / self.done
+            line = f"{self.what}: {self.done / self.n_work:.0%} in {spent:.0f} s, {left:.0f} s left"
+            print(line, file=sys.stderr, end="\r" if self.on_screen else "\n", flush=True)
