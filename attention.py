@@ -1,19 +1,18 @@
-"""Who may attend to whom when thoughts hang off every position of a text, and how to compute it.
+"""Who may attend to whom when thoughts branch off every position of a text, and how to compute it.
 
-One predicate, `may_attend`, is the rule: of the code, the README's figure, the tests' dense mask.
-`PackedContext` applies it to everything at once, `GrowingContext` a pass at a time.
-A branch token sees two small groups of keys, the text up to its position and its own thought; so
-there never is a [text + thoughts]^2 mask, but one softmax in two parts:
+`may_attend` is the one rule; the code, the README's picture and the tests' dense mask all use it.
+A branch token sees two small groups of keys: the text up to its position, and its own branch. So
+no [text + thoughts]^2 mask is ever formed; there is one softmax in two parts:
 
-  thought_attention   explicit scores, any positions, any window: the reference
-  TwoPartAttention     at a position all thoughts and their tokens see the same text, so they are
-                      folded into its query heads: the text part is ONE causal grouped-query
-                      attention, in a fused kernel that copies no key. The small own part is
-                      merged exactly by the log-sum-exps, forward and backward
+  thought_attention    explicit scores, any positions, any window: the reference
+  TwoPartAttention     at one position all branch tokens see the same text, so they become query
+                       heads of ONE causal attention in a fused kernel; the small part over the
+                       own branch is merged with it exactly, by the log-sum-exps of both
 
-Shapes: those of model.py and thoughts.py, and m of M branch tokens are new in a pass.
+`PackedContext` runs text and branches in one pass, `GrowingContext` adds tokens pass by pass.
 
-Read next: thoughts.py
+Shapes: those of model.py and thoughts.py, m of the M branch tokens are new in a pass, G = H / K,
+and h = K * G * N * m query heads where thoughts are folded into heads.
 """
 import math
 
@@ -21,180 +20,248 @@ import torch
 
 from model import CausalContext, may_see
 
-flash = torch.ops.aten
+aten = torch.ops.aten
 
 
 def may_attend(query, key, same_thought, window: int | None = None):
-    """The one rule. `query` and `key` are (text position, step): step 0 is the text itself, step
-    s >= 1 the s-th token branch off that position, at rotary position `position + s`.
+    """The attention rule. `query` and `key` are (text position, step) each: step 0 is the text
+    itself, step s >= 1 the s-th token that branches off it, at rotary position `position + s`.
 
-    A token sees the text up to its own position, and its own thought up to itself; in a window, as
-    a plain causal pass over text + thought would count it.
+    A token sees the text up to its own position and its own thought up to itself. A window counts
+    distances as a plain causal pass over text + thought would.
     """
-    (q_position, q_step), (k_position, k_step) = query, key
+    q_position, q_step = query
+    k_position, k_step = key
     text = (k_step == 0) & (k_position <= q_position)
     own = (k_step > 0) & (k_step <= q_step) & same_thought
     return (text | own) & may_see(q_position + q_step, k_position + k_step, window)
 
 
 def thought_attention(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, position_BP, window):
-    """[B, N, P, m, H, E]: the last m of M branch tokens attend, one softmax over L + M scores."""
-    m, M = q_BNPmHE.shape[3], k_BNPMKE.shape[3]
-    step_M = torch.arange(1, M + 1, device=q_BNPmHE.device)
-    step_m1, position_BP11 = step_M[M - m:, None], position_BP[:, :, None, None]
-    text_L = torch.arange(k_text_BLKE.shape[1], device=q_BNPmHE.device)
-    see_text_BPmL = may_attend((position_BP11, step_m1), (text_L, text_L * 0), False, window)
-    see_own_BPmM = may_attend((position_BP11, step_m1), (position_BP11, step_M), True, window)
+    """The reference: the last m of M branch tokens attend, by one softmax over L + M scores.
 
-    q_BNPmKGE = q_BNPmHE.unflatten(-2, (k_text_BLKE.shape[2], -1)) / math.sqrt(q_BNPmHE.shape[-1])
+    Returns [B, N, P, m, H, E].
+    """
+    # m new tokens, M tokens of the branch so far
+    m = q_BNPmHE.shape[3]
+    M = k_BNPMKE.shape[3]
+    L, K, E = k_text_BLKE.shape[1:]
+    # who sees whom, by the rule
+    step_M = torch.arange(1, M + 1, device=q_BNPmHE.device)
+    text_L = torch.arange(L, device=q_BNPmHE.device)
+    position_BP11 = position_BP[:, :, None, None]
+    query = (position_BP11, step_M[M - m:, None])
+    text_key = (text_L, torch.zeros_like(text_L))
+    own_key = (position_BP11, step_M)
+    see_text_BPmL = may_attend(query, text_key, False, window)
+    see_own_BPmM = may_attend(query, own_key, True, window)
+    # scores of both groups of keys, the text first
+    q_BNPmKGE = q_BNPmHE.unflatten(-2, (K, -1)) / math.sqrt(E)
     text = torch.einsum("bnpmkge,blke->bkgnpml", q_BNPmKGE, k_text_BLKE)
     own = torch.einsum("bnpmkge,bnpjke->bkgnpmj", q_BNPmKGE, k_BNPMKE)
-    text = text.masked_fill(~see_text_BPmL[:, None, None, None], -torch.inf)
-    own = own.masked_fill(~see_own_BPmM[:, None, None, None], -torch.inf)
-    exact = torch.promote_types(q_BNPmHE.dtype, torch.float32)
-    weight = torch.cat((text, own), dim=-1).softmax(dim=-1, dtype=exact).to(q_BNPmHE.dtype)
-    text, own = weight.split((text.shape[-1], M), dim=-1)
-    out_BNPmKGE = (torch.einsum("bkgnpml,blke->bnpmkge", text, v_text_BLKE)
-                   + torch.einsum("bkgnpmj,bnpjke->bnpmkge", own, v_BNPMKE))
-    return out_BNPmKGE.flatten(-3, -2)
+    see_text = see_text_BPmL[:, None, None, None]
+    see_own = see_own_BPmM[:, None, None, None]
+    text = text.masked_fill(~see_text, -torch.inf)
+    own = own.masked_fill(~see_own, -torch.inf)
+    # one softmax over both, in fp32 at least
+    softmax_dtype = torch.promote_types(q_BNPmHE.dtype, torch.float32)
+    score = torch.cat((text, own), dim=-1)
+    weight = score.softmax(dim=-1, dtype=softmax_dtype).to(q_BNPmHE.dtype)
+    text, own = weight.split((L, M), dim=-1)
+    text_BNPmKGE = torch.einsum("bkgnpml,blke->bnpmkge", text, v_text_BLKE)
+    own_BNPmKGE = torch.einsum("bkgnpmj,bnpjke->bnpmkge", own, v_BNPMKE)
+    return (text_BNPmKGE + own_BNPmKGE).flatten(-3, -2)
 
 
 def causal_flash(q_BhPE, k_BKPE, v_BKPE):
-    """Output, log-sum-exp [B, h, P], and what else the backward needs."""
+    """The fused kernel: output, log-sum-exp [B, h, P], and what else its backward needs."""
     if q_BhPE.is_cuda:
-        out, lse, *rest = flash._scaled_dot_product_flash_attention(q_BhPE, k_BKPE, v_BKPE, 0, True)
+        out, lse, *rest = aten._scaled_dot_product_flash_attention(q_BhPE, k_BKPE, v_BKPE, 0, True)
         return out, lse, rest[:6]
-    return *flash._scaled_dot_product_flash_attention_for_cpu(q_BhPE, k_BKPE, v_BKPE, 0.0, True), []
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BhPE, k_BKPE, v_BKPE, 0.0, True)
+    return out, lse, []
 
 
 def causal_flash_backward(d_out, q, k, v, out, lse, rest):
-    """The kernel forms P = exp(S - lse) and delta = sum(d_out * out) from what it is handed. Handed
-    the *merged* out and lse it returns the text part's exact share of the merged gradient."""
+    """The kernel's backward, given the *merged* out and lse.
+
+    It computes P = exp(S - lse) and sum(d_out * out) from what it is given, so with the merged ones
+    it returns exactly the text part's share of the merged gradient.
+    """
     if q.is_cuda:
-        cum_q, cum_k, max_q, max_k, seed, offset = rest
-        return flash._scaled_dot_product_flash_attention_backward(
-            d_out, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset)
-    return flash._scaled_dot_product_flash_attention_for_cpu_backward(
+        return aten._scaled_dot_product_flash_attention_backward(
+            d_out, q, k, v, out, lse, *rest[:4], 0.0, True, *rest[4:])
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
         d_out, q, k, v, out, lse, 0.0, True)
 
 
 class TwoPartAttention(torch.autograd.Function):
-    """`thought_attention` where the positions, and the text's, are 0 .. P-1 and no window binds.
+    """Equal to `thought_attention` where positions are 0 .. P-1 and no window binds, but faster.
 
-    `own`: keys and values, [B, N, P, new, K, E], of each pass of the thoughts so far, in turn. Kept
-    apart, T passes remember T tokens for their backward, not T^2 / 2.
+    `branch_kv`: keys and values, [B, N, P, m, K, E] each, of every pass of the branch so far. They
+    stay separate tensors, so that T passes keep T tokens for the backward pass, not T^2 / 2.
     """
     @staticmethod
-    def forward(ctx, q_BNPmHE, k_text_BPKE, v_text_BPKE, *own):
-        k_BNPMKE, v_BNPMKE = join(own)
-        m, M, K = q_BNPmHE.shape[3], *k_BNPMKE.shape[3:5]
+    def forward(ctx, q_BNPmHE, k_text_BPKE, v_text_BPKE, *branch_kv):
+        k_BNPMKE, v_BNPMKE = concatenated(branch_kv)
+        m = q_BNPmHE.shape[3]
+        M, K, E = k_BNPMKE.shape[3:]
         q_BNPmKGE = q_BNPmHE.unflatten(4, (K, -1))
-        text_BhPE, text_lse, rest = causal_flash(
-            thoughts_to_heads(q_BNPmKGE), k_text_BPKE.transpose(1, 2), v_text_BPKE.transpose(1, 2))
-        text_lse_BNPmKG1 = heads_to_thoughts(text_lse[..., None], q_BNPmKGE.shape)
+        # text part: all branch tokens of a position as query heads of one causal attention
+        q_BhPE = thoughts_to_heads(q_BNPmKGE)
+        k_text_BKPE = k_text_BPKE.transpose(1, 2)
+        v_text_BKPE = v_text_BPKE.transpose(1, 2)
+        text_BhPE, text_lse_BhP, rest = causal_flash(q_BhPE, k_text_BKPE, v_text_BKPE)
+        text_BNPmKGE = heads_to_thoughts(text_BhPE, q_BNPmKGE.shape)
+        text_lse = heads_to_thoughts(text_lse_BhP[..., None], q_BNPmKGE.shape)
+        # own part: the few keys of the branch itself
         score = torch.einsum("bnpmkge,bnpjke->bnpmkgj", q_BNPmKGE, k_BNPMKE)
-        later_mM = torch.ones(m, M, dtype=torch.bool, device=score.device).triu(M - m + 1)
-        score = (score / math.sqrt(q_BNPmHE.shape[-1])).to(text_lse.dtype)
+        score = (score / math.sqrt(E)).to(text_lse.dtype)
+        all_mM = torch.ones(m, M, dtype=torch.bool, device=score.device)
+        later_mM = all_mM.triu(M - m + 1)
         score = score.masked_fill_(later_mM[:, None, None], -torch.inf)
-        lse_BNPmKG1 = torch.logaddexp(text_lse_BNPmKG1, score.logsumexp(-1, keepdim=True))
-        own_BNPmKGM = (score - lse_BNPmKG1).exp_().to(q_BNPmHE.dtype)
-        share_BNPmKG1 = (text_lse_BNPmKG1 - lse_BNPmKG1).exp_().to(q_BNPmHE.dtype)
-        out_BNPmKGE = (heads_to_thoughts(text_BhPE, q_BNPmKGE.shape) * share_BNPmKG1
-                       + torch.einsum("bnpmkgj,bnpjke->bnpmkge", own_BNPmKGM, v_BNPMKE))
-        ctx.save_for_backward(q_BNPmKGE, k_text_BPKE, v_text_BPKE, out_BNPmKGE, lse_BNPmKG1,
-                              own_BNPmKGM, *own)
+        # merge: each part weighs as much as its share of the whole softmax
+        own_lse = score.logsumexp(-1, keepdim=True)
+        lse = torch.logaddexp(text_lse, own_lse)
+        own_weight = (score - lse).exp_().to(q_BNPmHE.dtype)
+        text_share = (text_lse - lse).exp_().to(q_BNPmHE.dtype)
+        own_BNPmKGE = torch.einsum("bnpmkgj,bnpjke->bnpmkge", own_weight, v_BNPMKE)
+        out_BNPmKGE = text_BNPmKGE * text_share + own_BNPmKGE
+        ctx.save_for_backward(q_BNPmKGE, k_text_BPKE, v_text_BPKE, out_BNPmKGE, lse, own_weight,
+                              *branch_kv)
         ctx.rest = rest
         return out_BNPmKGE.flatten(4, 5)
 
     @staticmethod
     def backward(ctx, d_out_BNPmHE):
-        q, k_text_BPKE, v_text_BPKE, out, lse, weight, *own = ctx.saved_tensors
-        k, v = join(own)
+        q, k_text_BPKE, v_text_BPKE, out, lse, own_weight, *branch_kv = ctx.saved_tensors
+        k, v = concatenated(branch_kv)
         d_out = d_out_BNPmHE.unflatten(4, q.shape[4:6])
+        # text part, by the kernel
         d_q_BhPE, d_k_text, d_v_text = causal_flash_backward(
-            thoughts_to_heads(d_out), thoughts_to_heads(q), k_text_BPKE.transpose(1, 2), v_text_BPKE.transpose(1, 2),
-            thoughts_to_heads(out), thoughts_to_heads(lse).squeeze(-1), ctx.rest)
+            thoughts_to_heads(d_out),
+            thoughts_to_heads(q),
+            k_text_BPKE.transpose(1, 2),
+            v_text_BPKE.transpose(1, 2),
+            thoughts_to_heads(out),
+            thoughts_to_heads(lse).squeeze(-1),
+            ctx.rest)
+        # own part, by hand: the backward of a softmax and two products
         d_weight = torch.einsum("bnpmkge,bnpjke->bnpmkgj", d_out, v)
-        d_score = weight * (d_weight - (d_out * out).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
-        d_q = heads_to_thoughts(d_q_BhPE, q.shape) + torch.einsum("bnpmkgj,bnpjke->bnpmkge", d_score, k)
-        d_k, d_v = (torch.einsum("bnpmkgj,bnpmkge->bnpjke", *pair)
-                    for pair in ((d_score, q), (weight, d_out)))
-        new = [k.shape[3] for k in own[::2]]
-        d_own = sum(zip(d_k.split(new, dim=3), d_v.split(new, dim=3)), ())
-        return d_q.flatten(4, 5), d_k_text.transpose(1, 2), d_v_text.transpose(1, 2), *d_own
+        d_score = own_weight * (d_weight - (d_out * out).sum(-1, keepdim=True))
+        d_score = d_score / math.sqrt(q.shape[-1])
+        d_q_text = heads_to_thoughts(d_q_BhPE, q.shape)
+        d_q_own = torch.einsum("bnpmkgj,bnpjke->bnpmkge", d_score, k)
+        d_q = (d_q_text + d_q_own).flatten(4, 5)
+        d_k = torch.einsum("bnpmkgj,bnpmkge->bnpjke", d_score, q)
+        d_v = torch.einsum("bnpmkgj,bnpmkge->bnpjke", own_weight, d_out)
+        # back to the passes that the keys and values came from
+        lengths = [k.shape[3] for k in branch_kv[::2]]
+        d_pairs = zip(d_k.split(lengths, dim=3), d_v.split(lengths, dim=3))
+        d_branch_kv = [d for pair in d_pairs for d in pair]
+        return d_q, d_k_text.transpose(1, 2), d_v_text.transpose(1, 2), *d_branch_kv
 
 
-def join(own):
-    """All keys and all values, [B, N, P, M, K, E], of the passes' own."""
-    return torch.cat(own[::2], dim=3), torch.cat(own[1::2], dim=3)
+def concatenated(branch_kv):
+    """All keys and all values, [B, N, P, M, K, E] each, from those of every pass in turn."""
+    keys = branch_kv[::2]
+    values = branch_kv[1::2]
+    return torch.cat(keys, dim=3), torch.cat(values, dim=3)
 
 
 def thoughts_to_heads(x_BNPmKGE):
-    """[B, h, P, E], h = (K, G, N, m): a position's branch tokens become its query heads."""
+    """Fold thoughts and their new tokens into query heads: [B, h, P, E] with h = (K, G, N, m)."""
     return x_BNPmKGE.permute(0, 4, 5, 1, 3, 2, 6).flatten(1, 4)
 
 
 def heads_to_thoughts(x_BhPE, shape):
-    """The inverse of `thoughts_to_heads`."""
+    """The inverse of `thoughts_to_heads`; `shape` is [B, N, P, m, K, G, _]."""
     B, N, P, m, K, G, _ = shape
     return x_BhPE.reshape(B, K, G, N, m, P, -1).permute(0, 3, 5, 4, 1, 2, 6)
 
 
-def attend_branch(q, own, k_text, v_text, position_BP, window, every: bool):
-    """Folds where it can: `every` says that the positions are 0 .. P-1, and no window may bind."""
-    binds = window is not None and window < k_text.shape[1] + sum(k.shape[3] for k in own[::2])
-    if not every or binds or (q.is_cuda and q.dtype == torch.float32):        # no such kernel there
-        return thought_attention(q, *join(own), k_text, v_text, position_BP, window)
-    exact = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
-    seen = (t[:, :q.shape[2]] for t in (k_text, v_text))          # in bf16 the CPU's backward is 8
-    tensors = (t.to(exact) for t in (q, *seen, *own))             # times slower, and less accurate
+def attend_branch(q, branch_kv, k_text, v_text, position_BP, window, all_positions: bool):
+    """Attention of branch tokens, by TwoPartAttention where it applies.
+
+    `all_positions` says that the positions are 0 .. P-1.
+    """
+    M = sum(k.shape[3] for k in branch_kv[::2])
+    window_binds = window is not None and window < k_text.shape[1] + M
+    no_kernel = q.is_cuda and q.dtype == torch.float32
+    if not all_positions or window_binds or no_kernel:
+        k, v = concatenated(branch_kv)
+        return thought_attention(q, k, v, k_text, v_text, position_BP, window)
+    # on a CPU the kernel's backward is 8 times slower in bf16, and less accurate: use fp32 there
+    dtype = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
+    P = q.shape[2]
+    tensors = [t.to(dtype) for t in (q, k_text[:, :P], v_text[:, :P], *branch_kv)]
     return TwoPartAttention.apply(*tensors).to(q.dtype)
 
 
 class PackedContext:
-    """One pass over the text (L tokens) followed by all that hangs off it (N * P * M tokens)."""
-    def __init__(self, text_len: int, position_BP, n_thoughts: int, branch_len: int, every: bool):
-        self.text_len, self.think_position_BP, self.every = text_len, position_BP, every
+    """One pass over the text (L tokens) followed by all branches (N * P * M tokens)."""
+    def __init__(self, text_len: int, position_BP, n_thoughts: int, branch_len: int,
+                 all_positions: bool):
+        self.text_len = text_len
+        self.think_position_BP = position_BP
+        self.all_positions = all_positions
         self.shape = (n_thoughts, position_BP.shape[1], branch_len)
+        # rotary positions: the s-th branch token of position p sits at p + s
         step_M = torch.arange(1, branch_len + 1, device=position_BP.device)
-        branch_BNPM = (position_BP[:, None, :, None] + step_M).expand(-1, *self.shape)
-        text_BL = torch.arange(text_len, device=position_BP.device).expand(len(position_BP), -1)
-        self.text = CausalContext(text_BL)
+        branch_B1PM = position_BP[:, None, :, None] + step_M
+        branch_BNPM = branch_B1PM.expand(-1, *self.shape)
+        text_L = torch.arange(text_len, device=position_BP.device)
+        text_BL = text_L.expand(len(position_BP), -1)
+        self.text_context = CausalContext(text_BL)
         self.position_BS = torch.cat((text_BL, branch_BNPM.flatten(1)), dim=1)
 
     def attend(self, q_BSHE, k_BSKE, v_BSKE, layer: int, window: int | None):
-        text = [t[:, :self.text_len] for t in (q_BSHE, k_BSKE, v_BSKE)]
-        q, *own = (t[:, self.text_len:].unflatten(1, self.shape) for t in (q_BSHE, k_BSKE, v_BSKE))
-        text_BLHE = self.text.attend(*text, layer, window)
-        out_BNPMHE = attend_branch(q, own, *text[1:], self.think_position_BP, window, self.every)
-        return torch.cat((text_BLHE, out_BNPMHE.flatten(1, 3)), dim=1)
+        qkv = q_BSHE, k_BSKE, v_BSKE
+        # the text comes first in the pass; it is ordinary causal attention
+        q_text, k_text, v_text = (t[:, :self.text_len] for t in qkv)
+        q, k, v = (t[:, self.text_len:].unflatten(1, self.shape) for t in qkv)
+        text_BLHE = self.text_context.attend(q_text, k_text, v_text, layer, window)
+        branch_BNPMHE = attend_branch(q, [k, v], k_text, v_text, self.think_position_BP, window,
+                                      self.all_positions)
+        return torch.cat((text_BLHE, branch_BNPMHE.flatten(1, 3)), dim=1)
 
 
 class GrowingContext:
-    """The same rule a pass at a time: what was said before is kept, only the new is computed.
+    """`PackedContext` with a KV cache. The first forward pass is the text; each later pass, which
+    `begin_pass` announces, adds m tokens to every thought.
 
-    The first pass is the text; then the thoughts grow together, `advance(m)` announcing m new
-    tokens of each. While they are all alike, one per position stands for all N.
+    While all thoughts of a position are still identical, one may stand for all N.
     """
-    def __init__(self, text_len: int, position_BP, every: bool):
-        self.think_position_BP, self.every = position_BP, every
+    def __init__(self, text_len: int, position_BP, all_positions: bool):
+        self.think_position_BP = position_BP
+        self.all_positions = all_positions
         text_L = torch.arange(text_len, device=position_BP.device)
         self.position_BS = text_L.expand(len(position_BP), -1)
-        self.until, self.shape, self.text, self.own = 0, None, {}, {}
+        self.n_cached = 0                               # branch tokens so far
+        self.shape = None                               # N, P, m of the pass
+        self.text_kv = {}                               # by layer
+        self.branch_kv = {}
 
-    def advance(self, new: int, n_thoughts: int):
-        position_BP = self.think_position_BP
-        step_m = torch.arange(self.until + 1, self.until + new + 1, device=position_BP.device)
-        self.position_BS = (position_BP[..., None] + step_m).flatten(1).repeat(1, n_thoughts)
-        self.until, self.shape = self.until + new, (n_thoughts, position_BP.shape[1], new)
+    def begin_pass(self, n_new: int, n_thoughts: int):
+        """Announce that the next pass adds `n_new` tokens to each of `n_thoughts` thoughts."""
+        position_BP1 = self.think_position_BP[..., None]
+        step_m = self.n_cached + torch.arange(1, n_new + 1, device=position_BP1.device)
+        position_BPm = position_BP1 + step_m
+        self.position_BS = position_BPm.flatten(1).repeat(1, n_thoughts)
+        self.n_cached += n_new
+        self.shape = (n_thoughts, *position_BPm.shape[1:])
         return self
 
     def attend(self, q_BSHE, k_BSKE, v_BSKE, layer: int, window: int | None):
-        if not self.until:
-            self.text[layer] = k_BSKE, v_BSKE
+        if not self.n_cached:
+            self.text_kv[layer] = k_BSKE, v_BSKE
             return CausalContext(self.position_BS).attend(q_BSHE, k_BSKE, v_BSKE, layer, window)
-        q, *fresh = (t.unflatten(1, self.shape) for t in (q_BSHE, k_BSKE, v_BSKE))
-        self.own[layer] = self.own.get(layer, []) + fresh
-        own = [t.expand(-1, self.shape[0], -1, -1, -1, -1) for t in self.own[layer]]
-        return attend_branch(q, own, *self.text[layer], self.think_position_BP, window,
-                              self.every).flatten(1, 3)
+        q, k, v = (t.unflatten(1, self.shape) for t in (q_BSHE, k_BSKE, v_BSKE))
+        self.branch_kv[layer] = self.branch_kv.get(layer, []) + [k, v]
+        # a pass that stood for all N thoughts is expanded to the N of this one
+        N = self.shape[0]
+        branch_kv = [t.expand(-1, N, -1, -1, -1, -1) for t in self.branch_kv[layer]]
+        k_text, v_text = self.text_kv[layer]
+        out_BNPmHE = attend_branch(q, branch_kv, k_text, v_text, self.think_position_BP, window,
+                                   self.all_positions)
+        return out_BNPmHE.flatten(1, 3)

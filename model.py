@@ -1,20 +1,18 @@
-"""Mistral: the language model that will learn to think. It knows nothing of thoughts.
+"""Mistral: the language model that will learn to think. This file knows nothing of thoughts.
 
 A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention with an optional
-sliding window, SwiGLU (arXiv 2310.06825). Llama and Qwen2 are the same rooms with other numbers.
+sliding window, SwiGLU (arXiv 2310.06825). Llama and Qwen2 are the same modules with other numbers.
 
-The one seam: a block computes queries, keys and values, and asks the *context* it was given who
-attends to whom. Text brings `CausalContext`, with or without a cache; thoughts bring their own
-(`thoughts.py`). So a block never sees a mask, and a new attention pattern never touches this file.
+The one seam: a block computes queries, keys and values, and the *context* that it was given decides
+who attends to whom. A text has a `CausalContext`, with or without a cache; thoughts bring contexts
+of their own (attention.py).
 
 Left out on purpose: dropout (the checkpoints are trained without), mixture of experts, tensor
-parallelism, and anything that imports torch.distributed. Weights come and go in `weights.py`.
+parallelism. Checkpoints are read and written by checkpoint.py.
 
-Shapes, as suffixes a tensor keeps for life:
+Shapes, as suffixes that a tensor keeps for life:
   B batch   S tokens in this pass   L text positions   D width          V vocabulary
   H query heads   K key/value heads   E width of a head   F width of a feed-forward layer
-
-Read next: head.py
 """
 import copy
 import math
@@ -26,32 +24,31 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError
-from lm_head import chunked_cross_entropy
 
-PIECE = 2048                          # tokens of a text that a feed-forward layer takes at a time
+CHUNK_TOKENS = 2048                   # tokens of a text that a feed-forward layer takes at a time
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The numbers of an architecture; the defaults are Mistral-7B-v0.1."""
-    vocab_size: int = 32000
+    vocab_size: int = 32000           # rows of the embedding table
     dim: int = 4096                   # width of the residual stream
-    n_layers: int = 32
-    n_heads: int = 32                 # query heads
-    n_kv_heads: int = 8               # key/value heads, each shared by n_heads / n_kv_heads queries
-    head_dim: int = 0                 # 0 means dim / n_heads (Mistral-Nemo: 128, not 160)
-    ffn_dim: int = 14336
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_type: str = "default"        # default | linear | llama3
+    n_layers: int = 32                # number of blocks
+    n_heads: int = 32                 # number of query heads
+    n_kv_heads: int = 8               # number of key/value heads; each serves several query heads
+    head_dim: int = 0                 # width of a head; 0 means dim / n_heads (Mistral-Nemo: 128)
+    ffn_dim: int = 14336              # width of the feed-forward layers
+    norm_eps: float = 1e-5            # epsilon of RMSNorm
+    rope_theta: float = 10000.0       # base of the rotary frequencies
+    rope_type: str = "default"        # rotary scaling: default, linear or llama3
     rope_factor: float = 1.0          # linear, llama3: how much the context was stretched
-    rope_low_freq: float = 1.0        # llama3: turns in old context below which all is stretched
-    rope_high_freq: float = 4.0       # llama3: turns above which nothing is
+    rope_low_freq: float = 1.0        # llama3: with fewer rotations in old context, stretch fully
+    rope_high_freq: float = 4.0       # llama3: with more rotations in old context, do not stretch
     rope_old_context: int = 8192      # llama3: tokens of context before stretching
-    windows: tuple[int, ...] = ()     # tokens seen, itself included, cycled over layers; 0 is all
+    windows: tuple[int, ...] = ()     # attention windows, cycled over layers, in tokens; 0 is all
     tied: bool = False                # the head is the embedding table
-    qkv_bias: bool = False            # Qwen2
-    max_seq_len: int = 32768          # tokens
+    qkv_bias: bool = False            # queries, keys and values have a bias (Qwen2)
+    max_seq_len: int = 32768          # context in tokens
 
     def __post_init__(self):
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"):
@@ -61,13 +58,12 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads={self.n_heads} is not a multiple of "
-                             f"n_kv_heads={self.n_kv_heads}: "
-                             "each key/value head serves as many queries")
+                            f"n_kv_heads={self.n_kv_heads}")
         if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} is odd: rotary positions turn pairs")
+            raise UserError(f"head_dim={self.head_dim} is odd: rotary positions rotate pairs")
         if self.rope_type not in ("default", "linear", "llama3"):
             raise UserError(f"rope_type '{self.rope_type}' is not supported "
-                             "(default, linear, llama3)")
+                            "(default, linear, llama3)")
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of this layer sees, itself included; None means all of them."""
@@ -75,7 +71,8 @@ class ModelConfig:
 
 
 def may_see(query_position, key_position, window: int | None):
-    """Plain text: the key is no later than the query, and fewer than `window` tokens back."""
+    """In plain text a key is no later than the query and fewer than `window` tokens back."""
+    # a window of w holds the query itself and the w - 1 tokens before it
     distance = query_position - key_position
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
@@ -83,92 +80,104 @@ def may_see(query_position, key_position, window: int | None):
 class KVCache:
     """Keys and values of B texts, preallocated; slot t holds rotary position t.
 
-    Forgetting is free: what lies beyond a query's own position is never seen, so to drop a thought
-    one simply writes the next visible token over it.
+    The cache never needs truncating: queries do not attend to later positions, so the next text
+    token overwrites the first token of a thought that was dropped.
     """
-    def __init__(self, config: ModelConfig, batch: int, length: int, device=None, dtype=None):
-        shape = (config.n_layers, batch, config.n_kv_heads, length, config.head_dim)
-        self.k_BKLE, self.v_BKLE = (torch.zeros(shape, device=device, dtype=dtype)
-                                    for _ in range(2))
+    def __init__(self, config: ModelConfig, batch: int, n_slots: int, device=None, dtype=None):
+        shape = (config.n_layers, batch, config.n_kv_heads, n_slots, config.head_dim)
+        self.k_BKLE = torch.zeros(shape, device=device, dtype=dtype)
+        self.v_BKLE = torch.zeros(shape, device=device, dtype=dtype)
         self.row_B1 = torch.arange(batch, device=device)[:, None]
 
     def write(self, layer: int, position_BS, k_BSKE, v_BSKE):
-        """Store at `position_BS` and return this layer's whole [B, K, L, E] keys and values."""
+        """Store at `position_BS`; return all keys and values of this layer, [B, K, L, E] each."""
+        # each row of the batch may be at other positions
         for store, new in ((self.k_BKLE[layer], k_BSKE), (self.v_BKLE[layer], v_BSKE)):
             store[self.row_B1, :, position_BS] = new.to(store.dtype)
         return self.k_BKLE[layer], self.v_BKLE[layer]
 
-    def rows(self, rows_B):
-        """That of some of the texts: a copy, unless they are all."""
+    def select(self, rows_B):
+        """The cache of some of the texts: a copy, unless they are all."""
         if rows_B.all():
             return self
         part = copy.copy(self)
-        part.k_BKLE, part.v_BKLE = self.k_BKLE[:, rows_B], self.v_BKLE[:, rows_B]
-        part.row_B1 = self.row_B1[:len(part.k_BKLE[0])]
+        part.k_BKLE = self.k_BKLE[:, rows_B]
+        part.v_BKLE = self.v_BKLE[:, rows_B]
+        part.row_B1 = self.row_B1[:part.k_BKLE.shape[1]]
         return part
 
 
 class CausalContext:
-    """Every token of a text attends to itself and to what came before it, within the window.
+    """Every token of a text attends to itself and to the tokens before it, within the window.
 
     Without a cache the pass holds the whole text, positions 0 .. S-1. With one, each token is first
     written at its own position, which may differ by row (right-padded prompts, then decoding).
-    `length`: how many cache slots can matter by now; the caller knows, the rest is not touched.
+    Only the first `n_slots` slots of the cache are read: the caller knows that the rest is unused.
     """
-    def __init__(self, position_BS, cache: KVCache | None = None, length: int | None = None):
-        self.position_BS, self.cache, self.length = position_BS, cache, length
+    def __init__(self, position_BS, cache: KVCache | None = None, n_slots: int | None = None):
+        self.position_BS, self.cache, self.n_slots = position_BS, cache, n_slots
 
     def attend(self, q_BSHE, k_BSKE, v_BSKE, layer: int, window: int | None):
-        q_BHSE = q_BSHE.transpose(1, 2)
-        if self.cache is None:
-            k_BKLE, v_BKLE = k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
-        else:
+        k_BKLE, v_BKLE = k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
+        # with a cache: write the new keys and values, then attend to all that it holds
+        if self.cache is not None:
             k_BKLE, v_BKLE = self.cache.write(layer, self.position_BS, k_BSKE, v_BSKE)
-            k_BKLE, v_BKLE = (t[:, :, :self.length].to(q_BSHE.dtype) for t in (k_BKLE, v_BKLE))
+            k_BKLE = k_BKLE[:, :, :self.n_slots].to(q_BSHE.dtype)
+            v_BKLE = v_BKLE[:, :, :self.n_slots].to(q_BSHE.dtype)
+        # a whole text without a binding window is plain causal attention, which needs no mask
         mask = None
         if self.cache is not None or (window and k_BKLE.shape[2] > window):
             key_position_L = torch.arange(k_BKLE.shape[2], device=q_BSHE.device)
             mask = may_see(self.position_BS[:, None, :, None], key_position_L, window)
-        out_BHSE = F.scaled_dot_product_attention(q_BHSE, k_BKLE, v_BKLE, attn_mask=mask,
-                                                  is_causal=mask is None, enable_gqa=True)
+        out_BHSE = F.scaled_dot_product_attention(q_BSHE.transpose(1, 2), k_BKLE, v_BKLE,
+                                                  attn_mask=mask, is_causal=mask is None,
+                                                  enable_gqa=True)
         return out_BHSE.transpose(1, 2)
 
 
 def rope(position_BS, config: ModelConfig):
-    """Cosine and sine, [B, S, 1, E/2] each, of every pair's angle at every position."""
+    """Cosine and sine, [B, S, 1, E/2] each, of the angle of every pair at every position."""
     even = torch.arange(0, config.head_dim, 2, device=position_BS.device, dtype=torch.float32)
-    turn = 1.0 / config.rope_theta ** (even / config.head_dim)           # radians per token
+    inv_freq = 1.0 / config.rope_theta ** (even / config.head_dim)          # radians per token
     if config.rope_type == "linear":
-        turn = turn / config.rope_factor
+        inv_freq = inv_freq / config.rope_factor
     if config.rope_type == "llama3":
-        turns = config.rope_old_context * turn / (2 * math.pi)
+        # keep is 1 for fast pairs, which stay as they are, and 0 for slow ones, which are stretched
+        rotations = config.rope_old_context * inv_freq / (2 * math.pi)
         low, high = config.rope_low_freq, config.rope_high_freq
-        keep = ((turns - low) / (high - low)).clamp(0, 1)                # 1 keeps, 0 stretches
-        turn = keep * turn + (1 - keep) * turn / config.rope_factor
-    angle = position_BS[:, :, None, None].float() * turn
+        keep = ((rotations - low) / (high - low)).clamp(0, 1)
+        inv_freq = keep * inv_freq + (1 - keep) * inv_freq / config.rope_factor
+    # pair e turns by position * inv_freq[e]
+    angle = position_BS[:, :, None, None].float() * inv_freq
     return angle.cos(), angle.sin()
 
 
 def rotate(x_BSHE, cos, sin):
-    """Turn the pairs (e, e + E/2): the Hugging Face order. Mistral's own files pair neighbours."""
+    """Rotate the pairs (e, e + E/2): Hugging Face's order. Mistral's own files pair neighbours."""
     first, second = x_BSHE.chunk(2, dim=-1)
+    # each pair is a point in the plane: rotate it by its angle
     cos, sin = cos.to(x_BSHE.dtype), sin.to(x_BSHE.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Attention(nn.Module):
+    """Queries, keys and values of every token; the context does the attending."""
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.window, self.head_dim = layer, config.window(layer), config.head_dim
-        q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        q_width = config.n_heads * config.head_dim
+        kv_width = config.n_kv_heads * config.head_dim
         self.q = nn.Linear(config.dim, q_width, bias=config.qkv_bias)
         self.k = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.v = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.o = nn.Linear(q_width, config.dim, bias=False)
 
     def forward(self, x_BSD, cos, sin, context):
-        q_BSHE, k_BSKE, v_BSKE = (f(x_BSD).unflatten(-1, (-1, self.head_dim))
-                                  for f in (self.q, self.k, self.v))
+        # project, and split the width into heads
+        q_BSHE = self.q(x_BSD).unflatten(-1, (-1, self.head_dim))
+        k_BSKE = self.k(x_BSD).unflatten(-1, (-1, self.head_dim))
+        v_BSKE = self.v(x_BSD).unflatten(-1, (-1, self.head_dim))
+        # positions enter here, and nowhere else
         q_BSHE, k_BSKE = rotate(q_BSHE, cos, sin), rotate(k_BSKE, cos, sin)
         return self.o(self.attend(context, q_BSHE, k_BSKE, v_BSKE).flatten(-2))
 
@@ -177,29 +186,29 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """The feed-forward layer, CHUNK_TOKENS tokens of each text at a time to bound its memory."""
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
-    def forward(self, x_BSD, norm):
-        """x + ffn(norm(x)): the whole second half of a block, so that it can go in pieces."""
-        pieces = [x + self.piece(norm(x)) for x in x_BSD.split(PIECE, dim=1)]
-        return torch.cat(pieces, dim=1)
+    def forward(self, x_BSD):
+        return torch.cat([self.chunk(x) for x in x_BSD.split(CHUNK_TOKENS, dim=1)], dim=1)
 
-    def piece(self, x_BSD):
+    def chunk(self, x_BSD):
         gate_BSF, up_BSF = self.gate(x_BSD), self.up(x_BSD)
         if not torch.is_grad_enabled():
-            return self.close(gate_BSF, up_BSF)
-        return checkpoint(self.close, gate_BSF, up_BSF, use_reentrant=False)
+            return self.gated_down(gate_BSF, up_BSF)
+        # computing the gated product again in the backward pass is cheaper than keeping it
+        return checkpoint(self.gated_down, gate_BSF, up_BSF, use_reentrant=False)
 
-    def close(self, gate_BSF, up_BSF):
-        """The gated product is formed again in the backward pass: cheaper than keeping it."""
+    def gated_down(self, gate_BSF, up_BSF):
         return self.down(F.silu(gate_BSF) * up_BSF)
 
 
 class Block(nn.Module):
+    """One layer: attention, then the feed-forward layer, each added to the residual stream."""
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -209,11 +218,11 @@ class Block(nn.Module):
 
     def forward(self, x_BSD, cos, sin, context):
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin, context)
-        return self.ffn(x_BSD, self.ffn_norm)
+        return x_BSD + self.ffn(self.ffn_norm(x_BSD))
 
 
 class Mistral(nn.Module):
-    """Embedding, blocks, norm, and a head that the caller applies only where it predicts."""
+    """Embedding, blocks, final norm, and a head that the caller applies where it predicts."""
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -221,23 +230,25 @@ class Mistral(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        # small models share one table between embedding and head
         if config.tied:
             self.head.weight = self.embed.weight
         self.recompute = 0            # activation checkpointing of every n-th block; 0 none, 1 all
 
     def init_weights(self, generator: torch.Generator):
-        """As in GPT-2: N(0, 0.02), what writes to the residual stream scaled by depth."""
+        """Initialise as GPT-2: N(0, 0.02), and less by depth for what writes to the residual."""
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
-            else:
-                writes_residual = name.endswith(("attention.o.weight", "ffn.down.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layers) if writes_residual else 0.02
-                nn.init.normal_(p, std=std, generator=generator)
+                continue
+            # two layers of each block add to the stream; so its variance stays that of one
+            writes_residual = name.endswith(("attention.o.weight", "ffn.down.weight"))
+            std = 0.02 / math.sqrt(2 * self.config.n_layers) if writes_residual else 0.02
+            nn.init.normal_(p, std=std, generator=generator)
         return self
 
     def compile_blocks(self, backend: str = "inductor"):
-        """torch.compile what is the same in every block: all but the attention of the context."""
+        """Apply torch.compile to each block, but not to what the context computes in it."""
         for block in self.layers:
             block.attention.attend = torch.compiler.disable(block.attention.attend)
             block.compile(backend=backend)
@@ -247,40 +258,13 @@ class Mistral(nn.Module):
         return self.transform(self.embed(ids_BS), context)
 
     def transform(self, x_BSD, context):
-        """The same from embeddings, for tokens that are in no vocabulary."""
+        """The same from embeddings: markers of thoughts are in no vocabulary."""
+        # one rotary table serves all layers
         cos, sin = rope(context.position_BS, self.config)
         for i, block in enumerate(self.layers):
+            # activation checkpointing keeps a block's input alone, and runs the block again later
             if self.recompute and i % self.recompute == 0 and torch.is_grad_enabled():
                 x_BSD = checkpoint(block, x_BSD, cos, sin, context, use_reentrant=False)
             else:
                 x_BSD = block(x_BSD, cos, sin, context)
         return self.norm(x_BSD)
-
-
-@dataclass
-class NextTokenLoss:
-    loss: torch.Tensor                # carries the gradient
-
-    def metrics(self) -> dict[str, torch.Tensor]:
-        """This batch's share of the step's averages, under their names in log.jsonl."""
-        return {"loss": self.loss.detach(), "nll/base": self.loss.detach()}
-
-
-class NextToken(nn.Module):
-    """The plain objective: every token predicts the next. Stands beside thoughts.QuietSTaR."""
-    def __init__(self, model: Mistral):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids_BL, valid_BL, terms=None):
-        """The mean nll (nats per token) of one micro-batch; terms[0], default the number of its
-        predictions, is the whole step's denominator."""
-        terms = valid_BL[:, 1:].sum()[None] if terms is None else terms
-        position_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
-        hidden_BLD = self.model(ids_BL, CausalContext(position_BL))
-        scored_BL = valid_BL[:, 1:]
-        target_R = ids_BL[:, 1:][scored_BL]
-        weight_R = (1 / terms[0].clamp(min=1)).float().expand_as(target_R)
-        loss, _ = chunked_cross_entropy(hidden_BLD[:, :-1][scored_BL], self.model.head.weight,
-                               target_R, weight_R)
-        return NextTokenLoss(loss)

@@ -1,34 +1,30 @@
-"""Quiet-STaR: a thought before every token, learnt from what it does to the text.
+"""Quiet-STaR (arXiv 2403.09629): a language model that thinks before every token.
 
-From arXiv 2403.09629.
+`QuietSTaR.forward` is the training objective, four steps in the order of the paper:
 
-Three verbs are the algorithm, and `QuietSTaR.forward` says them in this order:
+  1. sample   a short hidden thought after every position of the text, all positions in parallel
+  2. read     one teacher-forced pass over the text, the thoughts and the true tokens after them
+  3. mix      the prediction after each thought with the prediction without it
+  4. learn    from the likelihood of the text, and by REINFORCE: a thought that raised the
+              likelihood of the true tokens more than its siblings did becomes more likely
 
-  think   sample a short hidden thought off every position of the text, all positions in parallel
-  grade   read on, from the end of each thought, the true tokens that follow in the text
-  learn   mix the prediction after the thought with the one without; thoughts that raised the
-          likelihood of the true future text more than their siblings did are made more likely
+Glossary (our word: meaning; the paper's word, the official code's word):
 
-The glossary, once for all files (the paper's word, the official code's):
+  thought_len      T: sampled tokens of a thought, markers not counted         t, n_ahead - 3
+  n_thoughts       N: thoughts per position; their mean reward is the baseline   -, n_passes
+  n_true           A: true tokens a thought is scored on, next one included    n_true, n_ahead_talk
+  base, mixed      prediction without a thought, and mixed with one            p_init, p_talk
+  mixing_weight    0: base only, 1: thought only                               1 - w, talk_head
+  reward           nats by which a thought raised the log-likelihood of the true tokens
+  advantage        reward minus the mean over the N siblings, clamped at 0
+  branch           all tokens after one position: start marker, thought, end marker, then the
+                   true tokens that follow in the text (M = T + A + 1 tokens)
 
-  thought_len      T: sampled tokens in a thought, markers not counted        (t, n_ahead - 3)
-  n_thoughts       N: thoughts per position; their mean reward is the baseline (-, n_passes)
-  n_true           A: true tokens a thought is scored on, the next included   (n_true, n_ahead_talk)
-  start/end_thought  the two marker embeddings, in no vocabulary             (start_embedding * 100)
-  base, mixed      prediction without a thought, and with it mixed in         (p_init, p_talk)
-  mixing_weight    0 is base only, 1 is thought only                 (1 - w of the paper, talk_head)
-  reward           nats by which the thought raised the true tokens' log-likelihood       (r, -)
-  advantage        reward minus its mean over the N thoughts, never below 0
+Unlike in the official code N thoughts share one pass over the text, and neither a large mask nor
+all logits are ever formed; the result is the same to 2e-6 (tests/test_golden.py).
 
-What differs from the official code, none of it in the result (tests/test_golden.py): N thoughts
-share the text; attention is computed in two small parts, not under one large mask; logits are never
-kept; thoughts can be sampled first, without gradients, and all be graded in one pass (`two_phase`).
-
-Shapes: those of model.py, and
-  N thoughts per position   P positions that think   T thought tokens   A true tokens   G = H / K
-  M = T + A + 1 tokens branch off a position: start, thought, end, then A - 1 true tokens
-
-Read next: train.py
+Shapes: those of model.py, and N thoughts per position, P positions that think, T thought tokens,
+A true tokens, M tokens of a branch.
 """
 import math
 from dataclasses import dataclass
@@ -36,23 +32,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from config import UserError
 from attention import GrowingContext, PackedContext
-from lm_head import sample_tokens, chunked_cross_entropy
+from config import UserError
+from lm_head import chunked_cross_entropy, logits_of, sample_tokens
 from model import Mistral
 
 
 @dataclass(frozen=True)
 class ThoughtConfig:
     """The defaults are the paper's for Mistral-7B."""
-    thought_len: int = 12             # sampled tokens in a thought; the paper trains 8 to 24
+    thought_len: int = 12             # sampled tokens of a thought; the paper trains 8 to 24
     n_thoughts: int = 2               # thoughts per position in training
     n_true: int = 4                   # true tokens that a thought is scored on
-    policy_weight: float = 1e6        # of the REINFORCE term; the official code's
-    policy_temperature: float = 3.0   # of the softmax inside REINFORCE; the official code's
-    base_weight: float = 0.5          # of the base likelihood; the mixed one has the rest
-    filler: bool = False              # control: thoughts are the start marker, repeated
-    marker_ids: tuple[int, ...] = ()  # vocabulary rows that belong to the markers; never sampled
+    policy_weight: float = 1e6        # weight of the REINFORCE loss (official code)
+    policy_temperature: float = 3.0   # temperature of the softmax in REINFORCE (official code)
+    base_weight: float = 0.5          # weight of the base likelihood; the mixed one has the rest
+    filler: bool = False              # control experiment: every thought token is the start marker
+    marker_ids: tuple[int, ...] = ()  # vocabulary rows of the markers, if any; never sampled
 
     def __post_init__(self):
         for name, least in (("thought_len", 0), ("n_thoughts", 1), ("n_true", 1)):
@@ -60,297 +56,310 @@ class ThoughtConfig:
                 raise UserError(f"{name}={getattr(self, name)} is below {least}")
 
 
-# ------------------------------------------------------------------------------------ small pieces
-
-def mix(base, thought, weight):
-    """weight 0 returns base (the pretrained model); weight 1 returns thought."""
-    return (1 - weight) * base + weight * thought
-
-
-def true_tokens(ids_BL, valid_BL, position_BP, n_true: int):
-    """The next A tokens of each position: ids, and whether they exist to be scored, [B, P, A]."""
-    index_BPA = position_BP[:, :, None] + torch.arange(1, n_true + 1, device=ids_BL.device)
-    inside_BPA = index_BPA < ids_BL.shape[1]
-    flat = index_BPA.clamp(max=ids_BL.shape[1] - 1).flatten(1)
-    target_BPA, valid_BPA = (t.gather(1, flat).view_as(index_BPA) for t in (ids_BL, valid_BL))
-    return target_BPA, valid_BPA & inside_BPA
-
-
-def denominators(valid_BL, config: ThoughtConfig, n_positions: int | None = None):
-    """How many terms each average of the loss has: [1 + A + 1] = base, mixed at each a, policy.
-
-    A step over several micro-batches or ranks adds these up first, so that its averages have one
-    denominator. REINFORCE looks at 0 .. L-2-A, one position fewer than have all their true tokens,
-    and counts padded ones in its average: both as official. If only `n_positions` of the L-1 think,
-    drawn at random, their terms stand for all: the sums shrink by that share, and so do the counts.
-    """
-    position_BP, L = every_position(valid_BL), valid_BL.shape[1]
-    share = 1.0 if n_positions is None else n_positions / (L - 1)
-    _, target_mask_BPA = true_tokens(valid_BL, valid_BL, position_BP, config.n_true)
-    policy = (position_BP <= L - 2 - config.n_true).sum() * config.thought_len
-    terms = torch.cat((target_mask_BPA.sum((0, 1)), policy[None])).double() * config.n_thoughts * share
-    return torch.cat((valid_BL[:, 1:].sum()[None].double(), terms))
-
-
 @dataclass
 class Losses:
-    """What one forward found; `loss` carries the gradient, the rest carries none."""
-    loss: torch.Tensor
-    base_nll_BL: torch.Tensor         # [B, L-1] nats, 0 where there is nothing to predict
-    mixed_nll_BNPA: torch.Tensor      # nats, 0 where there is nothing to predict
+    """The result of one forward pass."""
+    loss: torch.Tensor                # carries the gradient; the others carry none
+    policy_loss: torch.Tensor         # before policy_weight
+    base_nll_BL: torch.Tensor         # nats, [B, L-1], 0 at padding
+    mixed_nll_BNPA: torch.Tensor      # nats, 0 where there is no token to predict
     reward_BNP: torch.Tensor          # nats
-    advantage_BNP: torch.Tensor       # nats, 0 where REINFORCE does not look
+    advantage_BNP: torch.Tensor       # nats, 0 outside policy_mask_BP
     mixing_weight_BNPA: torch.Tensor
     thought_BNPT: torch.Tensor        # token ids
-    thought_nll_BNP: torch.Tensor        # mean -log p of the sampled tokens: estimates the entropy
-    logp_BNPT: torch.Tensor           # at policy_temperature; nan where it was not needed
-    loss_policy: torch.Tensor         # before policy_weight
-    target_mask_BPA: torch.Tensor          # which predictions exist
-    policy_mask_BP: torch.Tensor           # which positions REINFORCE looks at
-    terms: torch.Tensor               # the denominators that were used
+    thought_nll_BNP: torch.Tensor     # mean over T; estimates the entropy of the thoughts
+    target_mask_BPA: torch.Tensor     # which true tokens exist
+    policy_mask_BP: torch.Tensor      # which positions REINFORCE looks at
+    denominators: torch.Tensor        # see the function `denominators`
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        """This batch's share of the step's averages, under their names in log.jsonl."""
-        n_rewards = (self.terms[-1] / max(1, self.thought_BNPT.shape[-1])).clamp(min=1)
-        learns, scored = self.policy_mask_BP[:, None], self.target_mask_BPA[:, None]
-        return {"loss": self.loss.detach(), "loss/policy": self.loss_policy,
-                "nll/base": self.base_nll_BL.sum() / self.terms[0].clamp(min=1),
-                "nll/mixed": (self.mixed_nll_BNPA.sum((0, 1, 2))
-                              / self.terms[1:-1].clamp(min=1)).mean(),
-                "thought/reward": (self.reward_BNP * learns).sum() / n_rewards,
-                "thought/advantage": self.advantage_BNP.sum() / n_rewards,
-                "thought/entropy": (self.thought_nll_BNP * learns).sum() / n_rewards,
-                "thought/mixing_weight": (self.mixing_weight_BNPA * scored).sum()
-                / self.terms[1:-1].sum().clamp(min=1)}
+        """This micro-batch's share of the averages of the step, under their names in log.jsonl."""
+        n_base, n_mixed_A, n_policy = split_denominators(self.denominators)
+        n_rewards = (n_policy / max(1, self.thought_BNPT.shape[-1])).clamp(min=1)
+        policy_mask = self.policy_mask_BP[:, None]
+        target_mask = self.target_mask_BPA[:, None]
+        mixed_nll_A = self.mixed_nll_BNPA.sum(dim=(0, 1, 2)) / n_mixed_A
+        sum_of_weights = (self.mixing_weight_BNPA * target_mask).sum()
+        return {
+            "loss": self.loss.detach(),
+            "loss/policy": self.policy_loss,
+            "nll/base": self.base_nll_BL.sum() / n_base,
+            "nll/mixed": mixed_nll_A.mean(),
+            "thought/reward": (self.reward_BNP * policy_mask).sum() / n_rewards,
+            "thought/advantage": self.advantage_BNP.sum() / n_rewards,
+            "thought/entropy": (self.thought_nll_BNP * policy_mask).sum() / n_rewards,
+            "thought/mixing_weight": sum_of_weights / n_mixed_A.sum(),
+        }
 
 
 class QuietSTaR(nn.Module):
-    """A language model, two markers and a mixing head."""
+    """A language model, two marker embeddings and a mixing head."""
     def __init__(self, model: Mistral, config: ThoughtConfig):
         super().__init__()
-        self.model, self.config, dim = model, config, model.config.dim
-        self.two_phase = False        # sample without gradients, then grade all in one pass
-        self.start_thought, self.end_thought = (nn.Parameter(torch.empty(dim)) for _ in range(2))
-        self.mixing_head = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim),
-                                         nn.ReLU(), nn.Linear(dim, 1, bias=False))
+        dim = model.config.dim
+        self.model, self.config = model, config
+        self.start_thought = nn.Parameter(torch.empty(dim))
+        self.end_thought = nn.Parameter(torch.empty(dim))
+        self.mixing_head = nn.Sequential(
+            nn.Linear(2 * dim, dim), nn.ReLU(),
+            nn.Linear(dim, dim), nn.ReLU(),
+            nn.Linear(dim, 1, bias=False))
 
+    @torch.no_grad()
     def init_thoughts(self, embedding_D, generator: torch.Generator):
-        """Markers start as an em dash; the mixing head as torch's default, its last layer at zero,
-        so that a fresh QuietSTaR predicts exactly like its base."""
-        with torch.no_grad():
-            self.start_thought.copy_(embedding_D)
-            self.end_thought.copy_(embedding_D)
-            for layer in self.mixing_head[0], self.mixing_head[2]:
-                bound = 1 / math.sqrt(layer.in_features)
-                layer.weight.uniform_(-bound, bound, generator=generator)
-                layer.bias.uniform_(-bound, bound, generator=generator)
-            self.mixing_head[4].weight.zero_()
+        """Initialise the markers with an em dash's embedding, as the paper does, and the mixing
+        head as torch does, but its last layer with zero: a fresh model predicts like its base.
+        """
+        self.start_thought.copy_(embedding_D)
+        self.end_thought.copy_(embedding_D)
+        for layer in (self.mixing_head[0], self.mixing_head[2]):
+            bound = 1 / math.sqrt(layer.in_features)
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            layer.bias.uniform_(-bound, bound, generator=generator)
+        self.mixing_head[4].weight.zero_()
         return self
 
     def forward(self, ids_BL, valid_BL, position_BP=None, uniform_BNPT=None, thought_BNPT=None,
-                terms=None, all_logp: bool = False) -> Losses:
+                counts=None) -> Losses:
         """The training objective of one micro-batch.
 
-        `position_BP`: which positions think, rising; default 0 .. L-2. A random choice estimates
-        the same loss at a share of the cost. `uniform_BNPT` in [0, 1) decides the thoughts that are
-        not forced. `terms`: `denominators` of the step, default this batch's. `all_logp`: of all.
+        valid_BL      which tokens are text; the others are padding
+        position_BP   positions that think, rising; default 0 .. L-2
+        uniform_BNPT  numbers in [0, 1) that decide the sampled tokens; default: argmax
+        thought_BNPT  thoughts to use instead of sampling
+        counts        `denominators` of the whole step; default: of this micro-batch
         """
-        c, every = self.config, position_BP is None
-        position_BP = every_position(ids_BL) if every else position_BP
-        terms = denominators(valid_BL, c, position_BP.shape[1]) if terms is None else terms
-        base_BLD, branch_BNPMD, thought_BNPT, thought_nll_BNP = self.think_and_grade(
-            ids_BL, position_BP, uniform_BNPT, thought_BNPT, every)
-        after_BNPAD = branch_BNPMD[..., c.thought_len + 1:, :]             # from the end marker on
-        mixed_BNPAD, weight_BNPA = self.mixed(base_BLD, after_BNPAD, position_BP)
+        cfg, head_VD = self.config, self.model.head.weight
+        all_positions = position_BP is None
+        if all_positions:
+            position_BP = every_position(ids_BL)
+        if counts is None:
+            counts = denominators(valid_BL, cfg, position_BP.shape[1])
+        n_base, n_mixed_A, n_policy = split_denominators(counts)
 
-        target_BPA, target_mask_BPA = true_tokens(ids_BL, valid_BL, position_BP, c.n_true)
-        loss, base_nll_BL, mixed_nll_BNPA = self.likelihood(
-            base_BLD, mixed_BNPAD, ids_BL, valid_BL, target_BPA, target_mask_BPA, terms)
-        base_nll_BPA = gather_ahead(base_nll_BL, position_BP, c.n_true) * target_mask_BPA
-        reward_BNP = (base_nll_BPA[:, None] - mixed_nll_BNPA).sum(-1)       # nats gained
-        policy_mask_BP = position_BP <= ids_BL.shape[1] - 2 - c.n_true
-        baseline_B1P = reward_BNP.mean(dim=1, keepdim=True)                 # dim 1 = thoughts
+        # 1. sample a thought after every position, all in parallel
+        # 2. read text, thoughts and true tokens in one teacher-forced pass
+        base_BLD, branch_BNPMD, thought_BNPT, thought_nll_BNP = self.sample_and_read(
+            ids_BL, position_BP, uniform_BNPT, thought_BNPT, all_positions)
+        before_BNPTD = branch_BNPMD[..., :cfg.thought_len, :]        # predict the thought tokens
+        after_BNPAD = branch_BNPMD[..., cfg.thought_len + 1:, :]     # predict the true tokens
+
+        # 3. mix both predictions of the same true token
+        base_BPAD = gather_ahead(base_BLD, position_BP, cfg.n_true)
+        mixed_BNPAD, mixing_weight_BNPA = self.mix(base_BPAD[:, None], after_BNPAD)
+
+        # 4. learn: the likelihood of the text, without and with thoughts
+        target_BPA, target_mask_BPA = true_tokens(ids_BL, valid_BL, position_BP, cfg.n_true)
+        base_loss, base_nll_BL = masked_cross_entropy(
+            base_BLD[:, :-1], head_VD, target=ids_BL[:, 1:], mask=valid_BL[:, 1:],
+            weight=cfg.base_weight / n_base)
+        mixed_loss, mixed_nll_BNPA = masked_cross_entropy(
+            mixed_BNPAD, head_VD, target=target_BPA[:, None], mask=target_mask_BPA[:, None],
+            weight=(1 - cfg.base_weight) / (cfg.n_true * n_mixed_A))
+
+        #    the reward of a thought: nats gained on the true tokens, compared with its siblings
+        base_nll_BPA = gather_ahead(base_nll_BL, position_BP, cfg.n_true) * target_mask_BPA
+        reward_BNP = (base_nll_BPA[:, None] - mixed_nll_BNPA).sum(dim=-1)
+        baseline_B1P = reward_BNP.mean(dim=1, keepdim=True)          # dim 1: the N siblings
+        policy_mask_BP = position_BP <= ids_BL.shape[1] - 2 - cfg.n_true     # as the official code
         advantage_BNP = (reward_BNP - baseline_B1P).clamp(min=0) * policy_mask_BP[:, None]
-        loss_policy, logp_BNPT = self.policy(branch_BNPMD, thought_BNPT, advantage_BNP, terms,
-                                             all_logp)
-        return Losses(loss + c.policy_weight * loss_policy, base_nll_BL, mixed_nll_BNPA,
-                       reward_BNP, advantage_BNP, weight_BNPA.detach(), thought_BNPT, thought_nll_BNP,
-                       logp_BNPT, loss_policy.detach(), target_mask_BPA, policy_mask_BP, terms)
 
-    # -------------------------------------------------------------------------------- think
+        #    REINFORCE: raise log p of the thoughts that helped, in proportion to the advantage
+        helped_BNP = (advantage_BNP > 0) & (not cfg.filler)
+        policy_loss, _ = masked_cross_entropy(
+            before_BNPTD, head_VD, target=thought_BNPT, mask=helped_BNP[..., None],
+            weight=advantage_BNP[..., None] / n_policy,
+            temperature=cfg.policy_temperature, masked_ids=cfg.marker_ids)
 
-    @torch.no_grad()
-    def think(self, ids_BL, position_BP, uniform_BNPT, every: bool):
-        """The first of two phases: all thoughts, in T single-token passes, and their surprise."""
-        context = GrowingContext(ids_BL.shape[1], position_BP, every)
-        self.model(ids_BL, context)
-        return self._grow(context, uniform_BNPT, self.config.n_thoughts)
+        return Losses(
+            loss=base_loss + mixed_loss + cfg.policy_weight * policy_loss,
+            policy_loss=policy_loss.detach(), base_nll_BL=base_nll_BL,
+            mixed_nll_BNPA=mixed_nll_BNPA, reward_BNP=reward_BNP, advantage_BNP=advantage_BNP,
+            mixing_weight_BNPA=mixing_weight_BNPA.detach(), thought_BNPT=thought_BNPT,
+            thought_nll_BNP=thought_nll_BNP, target_mask_BPA=target_mask_BPA,
+            policy_mask_BP=policy_mask_BP, denominators=counts)
 
-    def _grow(self, context, uniform_BNPT, n_thoughts: int, states: list | None = None):
-        """From the start marker on, one token a pass; the last one is chosen but not yet read.
-        The states before each token, [B, N, P, 1, D], are added to `states`."""
-        (B, P), N, T = context.think_position_BP.shape, n_thoughts, self.config.thought_len
-        thought_BNPT = torch.zeros(B, N, P, T, dtype=torch.long, device=self.start_thought.device)
-        thought_nll_BNP = torch.zeros(B, N, P, device=self.start_thought.device)
-        x_BNP1D = self.start_thought.expand(B, 1, P, 1, -1)              # one for all N thoughts
-        for t in range(T if not self.config.filler else 0):
-            hidden_BNP1D = self._read(context, x_BNP1D).expand(-1, N, -1, -1, -1)
+    def sample_and_read(self, ids_BL, position_BP, uniform_BNPT, thought_BNPT, all_positions: bool):
+        """Steps 1 and 2. Returns the final hidden states of the text [B, L, D] and of the branches
+        [B, N, P, M, D], the thoughts, and their mean nll (0 where they were given).
+        """
+        thought_nll_BNP = torch.zeros(())
+        if thought_BNPT is None:
+            with torch.no_grad():
+                context = GrowingContext(ids_BL.shape[1], position_BP, all_positions)
+                self.model(ids_BL, context)
+                thought_BNPT, thought_nll_BNP, _ = self.sample_thoughts(
+                    context, uniform_BNPT, self.config.n_thoughts)
+        base_BLD, branch_BNPMD = self.read(ids_BL, position_BP, thought_BNPT, all_positions,
+                                           n_after=self.config.n_true - 1)
+        return base_BLD, branch_BNPMD, thought_BNPT, thought_nll_BNP
+
+    def sample_thoughts(self, context: GrowingContext, uniform_BNPT, n_thoughts: int):
+        """All thoughts grow together after the text that `context` has read, one token a pass.
+
+        Returns their ids [B, N, P, T], their mean nll (nats) and the state before each token.
+        """
+        N, T = n_thoughts, self.config.thought_len
+        B, P = context.think_position_BP.shape
+        device = self.start_thought.device
+        thought_BNPT = torch.zeros(B, N, P, T, dtype=torch.long, device=device)
+        nll_BNP = torch.zeros(B, N, P, device=device)
+        states = []
+        if self.config.filler:
+            return thought_BNPT, nll_BNP, states
+        # at the start marker the N thoughts are identical: one copy is computed and shared
+        x_BNPD = self.start_thought.expand(B, 1, P, -1)
+        for t in range(T):
+            # read the last token of every thought
+            context.begin_pass(n_new=1, n_thoughts=x_BNPD.shape[1])
+            hidden_BSD = self.model.transform(x_BNPD.flatten(1, 2), context)
+            hidden_BNPD = hidden_BSD.view(x_BNPD.shape).expand(-1, N, -1, -1)
+            states.append(hidden_BNPD)
+            # sample the next one
             uniform_R = None if uniform_BNPT is None else uniform_BNPT[..., t].flatten()
-            token_R, thought_nll_R = sample_tokens(hidden_BNP1D.flatten(0, 3), self.model.head.weight,
-                                                uniform_R, self.config.marker_ids)
+            token_R, nll_R = sample_tokens(hidden_BNPD.flatten(0, 2), self.model.head.weight,
+                                           uniform_R, self.config.marker_ids)
             thought_BNPT[..., t] = token_R.view(B, N, P)
-            thought_nll_BNP += thought_nll_R.view(B, N, P) / T
-            if states is not None:
-                states.append(hidden_BNP1D)
-            x_BNP1D = self.model.embed(token_R.view(B, N, P, 1))
-        return thought_BNPT, thought_nll_BNP
+            nll_BNP += nll_R.view(B, N, P) / T
+            x_BNPD = self.model.embed(token_R.view(B, N, P))
+        return thought_BNPT, nll_BNP, states
 
-    def _read(self, context, x_BNPmD):
-        """States of the next m tokens of each thought, of one for all N while they are alike."""
-        _, n_thoughts, _, new, _ = x_BNPmD.shape
-        hidden_BSD = self.model.transform(x_BNPmD.flatten(1, 3), context.advance(new, n_thoughts))
-        return hidden_BSD.view(x_BNPmD.shape)
-
-    # -------------------------------------------------------------------------------- grade
-
-    def embed_branch(self, thought_BNPT, ahead_BPa=None):
-        """start, thought, end and true tokens as embeddings, [B, N, P, M, D]."""
-        start, end = (marker.expand(*thought_BNPT.shape[:3], 1, -1)
-                      for marker in (self.start_thought, self.end_thought))
-        inner = (self.start_thought.expand(*thought_BNPT.shape, -1) if self.config.filler
-                 else self.model.embed(thought_BNPT))
-        ahead = () if ahead_BPa is None else (
-            self.model.embed(ahead_BPa)[:, None].expand(-1, thought_BNPT.shape[1], -1, -1, -1),)
-        return torch.cat((start, inner, end, *ahead), dim=3)
-
-    def grade(self, ids_BL, position_BP, thought_BNPT, every: bool):
-        """The second of two phases, in one pass: states of the text, and of what hangs off it."""
-        ahead_BPa, _ = true_tokens(ids_BL, ids_BL >= 0, position_BP, self.config.n_true - 1)
-        branch_BNPMD = self.embed_branch(thought_BNPT, ahead_BPa)
-        L, shape = ids_BL.shape[1], branch_BNPMD.shape[1:4]
+    def read(self, ids_BL, position_BP, thought_BNPT, all_positions: bool, n_after: int):
+        """Final hidden states of the text [B, L, D] and of its branches [B, N, P, M, D], in one
+        pass: each branch sees the text up to its own position and itself (attention.may_attend).
+        """
+        branch_BNPMD = self.embed_branch(ids_BL, position_BP, thought_BNPT, n_after)
+        _, N, P, M, _ = branch_BNPMD.shape
+        L = ids_BL.shape[1]
+        # one sequence: the text, then all branches; the context knows who sees whom
         x_BSD = torch.cat((self.model.embed(ids_BL), branch_BNPMD.flatten(1, 3)), dim=1)
-        hidden_BSD = self.model.transform(x_BSD, PackedContext(L, position_BP, shape[0], shape[2],
-                                                               every))
-        return hidden_BSD[:, :L], hidden_BSD[:, L:].unflatten(1, shape)
+        context = PackedContext(L, position_BP, N, M, all_positions)
+        hidden_BSD = self.model.transform(x_BSD, context)
+        return hidden_BSD[:, :L], hidden_BSD[:, L:].unflatten(1, (N, P, M))
 
-    def think_and_grade(self, ids_BL, position_BP, uniform_BNPT, thought_BNPT, every: bool):
-        """States of the text and of what hangs off it, the thoughts, and their surprise. One phase
-        reads each token once, with gradients: up to a fifth cheaper. But a block runs T + 2 times
-        before its backward, and its context remembers: no activation checkpointing, and fsdp would
-        exchange gradients after each of those passes."""
-        thought_nll_BNP = torch.zeros(())                     # of thoughts that are forced
-        if thought_BNPT is None and (self.two_phase or self.model.recompute):
-            thought_BNPT, thought_nll_BNP = self.think(ids_BL, position_BP, uniform_BNPT, every)
-        if thought_BNPT is not None:
-            return *self.grade(ids_BL, position_BP, thought_BNPT, every), thought_BNPT, thought_nll_BNP
-        c, context = self.config, GrowingContext(ids_BL.shape[1], position_BP, every)
-        base_BLD, states = self.model(ids_BL, context), []
-        thought_BNPT, thought_nll_BNP = self._grow(context, uniform_BNPT, c.n_thoughts, states)
-        ahead_BPa, _ = true_tokens(ids_BL, ids_BL >= 0, position_BP, c.n_true - 1)
-        states.append(self._read_on(context, thought_BNPT, ahead_BPa))
-        return base_BLD, torch.cat(states, dim=3), thought_BNPT, thought_nll_BNP
+    def embed_branch(self, ids_BL, position_BP, thought_BNPT, n_after: int):
+        """Embeddings of `start, thought, end, n_after true tokens`, [B, N, P, M, D]."""
+        B, N, P, T = thought_BNPT.shape
+        start = self.start_thought.expand(B, N, P, 1, -1)
+        end = self.end_thought.expand(B, N, P, 1, -1)
+        # the control experiment repeats the start marker instead
+        if self.config.filler:
+            thought = start.expand(-1, -1, -1, T, -1)
+        else:
+            thought = self.model.embed(thought_BNPT)
+        if n_after == 0:
+            return torch.cat((start, thought, end), dim=3)
+        true_BPa, _ = true_tokens(ids_BL, torch.ones_like(ids_BL).bool(), position_BP, n_after)
+        true = self.model.embed(true_BPa)[:, None].expand(-1, N, -1, -1, -1)
+        return torch.cat((start, thought, end, true), dim=3)
 
-    def _read_on(self, context, thought_BNPT, ahead_BPa=None):
-        """States of what is unread of each thought, up to its end marker, and of what follows."""
-        said = context.until              # start, and every token of the thought but the last
-        x_BNPmD = self.embed_branch(thought_BNPT[..., max(0, said - 1):], ahead_BPa)
-        return self._read(context, x_BNPmD[:, :, :, min(1, said):])
+    def mix(self, base, thought):
+        """Mix two states [..., D]: weight 0 gives `base`, weight 1 gives `thought`.
 
-    # -------------------------------------------------------------------------------- learn
-
-    def mixed(self, base_BLD, after_BNPAD, position_BP):
-        """Mix each state after a thought with the base state of the same text position."""
-        base_BPAD = gather_ahead(base_BLD, position_BP, after_BNPAD.shape[3])
-        base_BNPAD = base_BPAD[:, None].expand_as(after_BNPAD)
-        weight_BNPA1 = self.mixing_head(torch.cat((base_BNPAD, after_BNPAD), dim=-1))
-        return mix(base_BNPAD, after_BNPAD, weight_BNPA1), weight_BNPA1[..., 0]
-
-    def likelihood(self, base_BLD, mixed_BNPAD, ids_BL, valid_BL, target_BPA, target_mask_BPA, terms):
-        """Both likelihood terms in one visit to the head: their loss; each nll, no gradient."""
-        c, scored_BL, target_mask_BNPA = self.config, valid_BL[:, 1:], target_mask_BPA[:, None].expand(
-            mixed_BNPAD.shape[:-1])
-        weight_A = (1 - c.base_weight) / (c.n_true * terms[1:-1].clamp(min=1)).float()
-        hidden_RD = torch.cat((base_BLD[:, :-1][scored_BL], mixed_BNPAD[target_mask_BNPA]))
-        target_R = torch.cat((ids_BL[:, 1:][scored_BL],
-                              target_BPA[:, None].expand_as(target_mask_BNPA)[target_mask_BNPA]))
-        weight_R = torch.cat(((c.base_weight / terms[0]).float().expand_as(scored_BL)[scored_BL],
-                              weight_A.expand_as(target_mask_BNPA)[target_mask_BNPA]))
-        loss, nll_R = chunked_cross_entropy(hidden_RD, self.model.head.weight, target_R, weight_R)
-        n_base = int(scored_BL.sum())
-        return loss, spread(nll_R[:n_base], scored_BL), spread(nll_R[n_base:], target_mask_BNPA)
-
-    def policy(self, branch_BNPMD, thought_BNPT, advantage_BNP, terms, all_logp):
-        """REINFORCE, only where there is an advantage: the other rows never see the head."""
-        c = self.config
-        chosen_BNP = (advantage_BNP > 0) | all_logp
-        if c.filler:
-            chosen_BNP = torch.zeros_like(chosen_BNP)
-        chosen_BNPT = chosen_BNP[..., None].expand_as(thought_BNPT)
-        before_BNPTD = branch_BNPMD[..., :c.thought_len, :]   # the state before each thought token
-        weight_R = advantage_BNP[..., None].expand_as(chosen_BNPT)[chosen_BNPT]
-        weight_R = weight_R / terms[-1].clamp(min=1).float()
-        loss, nll_R = chunked_cross_entropy(before_BNPTD[chosen_BNPT], self.model.head.weight,
-                                   thought_BNPT[chosen_BNPT], weight_R, c.policy_temperature,
-                                   c.marker_ids)
-        return loss, spread(-nll_R, chosen_BNPT, torch.nan)       # ascend on thoughts that helped
-
-    # -------------------------------------------------------------------------------- use
+        The weight comes from the mixing head and is unbounded. Returns the mixture and the weight.
+        """
+        # the head is linear, so mixing states is mixing logits
+        base = base.expand_as(thought)
+        weight = self.mixing_head(torch.cat((base, thought), dim=-1))
+        return (1 - weight) * base + weight * thought, weight[..., 0]
 
     @torch.no_grad()
     def predict(self, ids_BL, position_BP=None, uniform_BNPT=None, thought_BNPT=None):
-        """What the model expects next at the given positions (default: all), after a thought each.
+        """Predictions of the next token at the given positions (default: all), after a thought.
 
-        Greedy thoughts (a true argmax) unless `uniform_BNPT` decides or `thought_BNPT` forces them;
-        N is theirs, else 1. Returns base_BPD and mixed_BNPD (states for the head, without the look
-        ahead), mixing_weight_BNP and thought_BNPT.
+        Thoughts are greedy (argmax) unless `uniform_BNPT` or `thought_BNPT` decides; N is theirs,
+        else 1. Returns base_BPD, mixed_BNPD (states for the head), mixing_weight_BNP, thought_BNPT.
         """
-        decided = uniform_BNPT if thought_BNPT is None else thought_BNPT
-        n_thoughts = 1 if decided is None else decided.shape[1]
-        every = position_BP is None
-        position_BP = every_position(ids_BL, last=True) if every else position_BP
-        context = GrowingContext(ids_BL.shape[1], position_BP, every)
-        base_BLD = self.model(ids_BL, context)
+        all_positions = position_BP is None
+        if all_positions:
+            position_BP = every_position(ids_BL, last=True)
         if thought_BNPT is None:
-            thought_BNPT, _ = self._grow(context, uniform_BNPT, n_thoughts)
-        after_BNPAD = self._read_on(context, thought_BNPT)[..., -1:, :]
-        mixed_BNPAD, weight_BNPA = self.mixed(base_BLD, after_BNPAD, position_BP)
+            context = GrowingContext(ids_BL.shape[1], position_BP, all_positions)
+            self.model(ids_BL, context)
+            n_thoughts = 1 if uniform_BNPT is None else uniform_BNPT.shape[1]
+            thought_BNPT, _, _ = self.sample_thoughts(context, uniform_BNPT, n_thoughts)
+        # the state at the end marker, which comes last, predicts the next token
+        base_BLD, branch_BNPMD = self.read(ids_BL, position_BP, thought_BNPT, all_positions,
+                                           n_after=0)
         base_BPD = gather_ahead(base_BLD, position_BP, 1)[:, :, 0]
-        return base_BPD, mixed_BNPAD[..., 0, :], weight_BNPA[..., 0], thought_BNPT
+        mixed_BNPD, weight_BNP = self.mix(base_BPD[:, None], branch_BNPMD[..., -1, :])
+        return base_BPD, mixed_BNPD, weight_BNP, thought_BNPT
 
 
-def logits_without_markers(model, hidden_RD):
-    """Of what may come next in a text, fp32: rows of the vocabulary that belong to markers are out.
+# ------------------------------------------------------------------------------------------ helpers
 
-    `model`: a QuietSTaR, a Mistral, or anything else with a `.model` that is one.
+def denominators(valid_BL, config: ThoughtConfig, n_positions: int | None = None):
+    """How many terms each average of the loss has: [base, mixed at each of A, policy], float64.
+
+    A step over several micro-batches or ranks adds these up first, so that its averages have one
+    denominator. REINFORCE looks at positions 0 .. L-2-A, one fewer than have all A true tokens, and
+    counts padded ones in its average: both as in the official code. If only `n_positions` of the
+    L-1 think, drawn at random, their terms stand for all, so the counts shrink by that share.
     """
-    head_VD = (model if isinstance(model, Mistral) else model.model).head.weight
-    logits_RV = nn.functional.linear(hidden_RD, head_VD.to(hidden_RD.dtype)).float()
-    if isinstance(model, QuietSTaR):
-        logits_RV[:, list(model.config.marker_ids)] = -torch.inf
-    return logits_RV
+    L = valid_BL.shape[1]
+    position_BP = every_position(valid_BL)
+    share = 1.0 if n_positions is None else n_positions / (L - 1)
+    _, target_mask_BPA = true_tokens(valid_BL, valid_BL, position_BP, config.n_true)
+    # terms of the base, of the mixed prediction at each a, and of REINFORCE
+    n_base = valid_BL[:, 1:].sum().double()
+    n_mixed_A = target_mask_BPA.sum(dim=(0, 1)).double()
+    n_policy = (position_BP <= L - 2 - config.n_true).sum().double() * config.thought_len
+    n_thought_terms = torch.cat((n_mixed_A, n_policy[None])) * config.n_thoughts * share
+    return torch.cat((n_base[None], n_thought_terms))
+
+
+def split_denominators(counts):
+    """The parts of `denominators`, at least 1 each: n_base, n_mixed_A, n_policy."""
+    # a count of 0 belongs to a sum of 0
+    counts = counts.clamp(min=1)
+    return counts[0], counts[1:-1], counts[-1]
+
+
+def masked_cross_entropy(hidden, head_VD, target, mask, weight, **options):
+    """sum(weight * nll) over the positions in `mask`, and nll (nats) of each, 0 outside, no grad.
+
+    `hidden` is [..., D]; target, mask and weight broadcast to [...].
+    """
+    # choose the rows, compute, and put their nll back where they came from
+    shape = hidden.shape[:-1]
+    target, mask, weight = (t.expand(shape) for t in (target, mask, weight))
+    loss, nll_R = chunked_cross_entropy(hidden[mask], head_VD, target[mask],
+                                        weight[mask].float(), **options)
+    nll = torch.zeros(shape, device=hidden.device).masked_scatter(mask, nll_R)
+    return loss, nll
+
+
+def true_tokens(ids_BL, valid_BL, position_BP, n_true: int):
+    """The next A tokens after each position: their ids and whether they exist, [B, P, A] each."""
+    # position j looks at j+1 .. j+A; past the end there is nothing to score
+    L = ids_BL.shape[1]
+    index_BPA = position_BP[:, :, None] + torch.arange(1, n_true + 1, device=ids_BL.device)
+    flat = index_BPA.clamp(max=L - 1).flatten(1)
+    ids_BPA = ids_BL.gather(1, flat).view_as(index_BPA)
+    valid_BPA = valid_BL.gather(1, flat).view_as(index_BPA)
+    return ids_BPA, valid_BPA & (index_BPA < L)
 
 
 def gather_ahead(x_BL, position_BP, n_true: int):
-    """The text's values (or vectors) at positions j .. j+A-1 of each thinker j, [B, P, A, ...].
-
-    Past the end of `x_BL` the last one is repeated; nothing is scored there.
-    """
+    """x at positions j .. j+A-1 of each position j, [B, P, A, ...]; past the end, the last one."""
+    # rows of x_BL in the first index, positions in the second
     index_BPA = position_BP[:, :, None] + torch.arange(n_true, device=position_BP.device)
     row_B11 = torch.arange(len(x_BL), device=position_BP.device)[:, None, None]
     return x_BL[row_B11, index_BPA.clamp(max=x_BL.shape[1] - 1)]
 
 
-def spread(value_R, where, fill: float = 0.0):
-    """Values back to the places they were selected from."""
-    return torch.full(where.shape, fill, device=value_R.device).masked_scatter(where, value_R)
-
-
 def every_position(ids_BL, last: bool = False):
-    """0 .. L-2 for each text, the positions with something to predict; `last` adds L-1."""
-    length = ids_BL.shape[1] - (not last)
-    return torch.arange(length, device=ids_BL.device).expand(len(ids_BL), -1)
+    """0 .. L-2 for each text, the positions that have a next token; `last` adds L-1."""
+    n = ids_BL.shape[1] - (not last)
+    return torch.arange(n, device=ids_BL.device).expand(len(ids_BL), -1)
 
 
 def base_model(model) -> Mistral:
-    """Return the language model inside: `model` itself, or that of a QuietSTaR."""
+    """The language model inside: `model` itself, or that of a QuietSTaR."""
     return model.model if isinstance(model, QuietSTaR) else model
+
+
+def logits_without_markers(model, hidden_RD):
+    """Logits of the next token of a text, fp32; the markers of thoughts cannot be chosen (-inf)."""
+    marker_ids = model.config.marker_ids if isinstance(model, QuietSTaR) else ()
+    return logits_of(hidden_RD, base_model(model).head.weight, marker_ids)

@@ -4,7 +4,7 @@ import torch
 
 from attention import TwoPartAttention, GrowingContext, may_attend, thought_attention
 from thoughts import every_position
-from toys import dense_grade, texts, tiny_quiet, uniforms
+from toys import dense_read, texts, tiny_quiet, uniforms
 
 
 def gradients(quiet, hidden):
@@ -18,8 +18,8 @@ def assert_same_pass(quiet, ids_BL, position_BP, every):
     N, T = quiet.config.n_thoughts, quiet.config.thought_len
     thought_BNPT = texts(ids_BL.shape[0] * N * position_BP.shape[1], T, seed=7).view(
         len(ids_BL), N, position_BP.shape[1], T)
-    ours = quiet.grade(ids_BL, position_BP, thought_BNPT, every)
-    oracle = dense_grade(quiet, ids_BL, position_BP, thought_BNPT)
+    ours = quiet.read(ids_BL, position_BP, thought_BNPT, every, n_after=quiet.config.n_true - 1)
+    oracle = dense_read(quiet, ids_BL, position_BP, thought_BNPT)
     for a, b in zip(ours, oracle):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     ours, oracle = gradients(quiet, ours), gradients(quiet, oracle)
@@ -29,7 +29,7 @@ def assert_same_pass(quiet, ids_BL, position_BP, every):
         assert (ours[name] - oracle[name]).norm() <= 1e-4 * size, name
 
 
-@pytest.mark.parametrize("every", [True, False], ids=["folded", "reference"])
+@pytest.mark.parametrize("every", [True, False], ids=["two parts", "reference"])
 @pytest.mark.parametrize("n_thoughts", [1, 2, 3])
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 def test_structured_attention_equals_the_dense_mask(every, n_thoughts, n_kv_heads):
@@ -47,7 +47,7 @@ def test_structured_attention_equals_the_dense_mask_in_a_window(window, n_true):
     assert_same_pass(quiet, ids_BL, every_position(ids_BL), every=True)
 
 
-@pytest.mark.parametrize("every", [True, False], ids=["folded", "reference"])
+@pytest.mark.parametrize("every", [True, False], ids=["two parts", "reference"])
 def test_in_bfloat16_structured_attention_loses_no_more_than_the_dense_mask_does(every):
     ids_BL, found = texts(2, 24), {}
     position_BP = every_position(ids_BL)
@@ -55,8 +55,8 @@ def test_in_bfloat16_structured_attention_loses_no_more_than_the_dense_mask_does
     for name, dtype in (("exact", torch.float64), ("ours", torch.bfloat16),
                         ("dense", torch.bfloat16)):
         quiet = tiny_quiet(n_thoughts=3).to(dtype)
-        hidden = (quiet.grade(ids_BL, position_BP, thought_BNPT, every) if name == "ours"
-                  else dense_grade(quiet, ids_BL, position_BP, thought_BNPT))
+        hidden = (quiet.read(ids_BL, position_BP, thought_BNPT, every, n_after=quiet.config.n_true - 1) if name == "ours"
+                  else dense_read(quiet, ids_BL, position_BP, thought_BNPT))
         found[name] = dict(gradients(quiet, hidden), base=hidden[0], branch=hidden[1])
     for key, exact in found["exact"].items():
         ours, dense = ((found[name][key] - exact).norm() / exact.norm()
@@ -69,7 +69,7 @@ def test_some_positions_may_think_and_others_not():
     assert_same_pass(tiny_quiet(), texts(2, 9), position_BP, every=False)
 
 
-def test_rows_of_folded_attention_equal_the_reference_when_only_the_last_tokens_are_new():
+def test_rows_of_two_part_attention_equal_the_reference_when_only_the_last_tokens_are_new():
     generator = torch.Generator().manual_seed(0)
     B, N, P, M, H, K, E, L = 2, 3, 5, 4, 4, 2, 8, 7
     k, v = (torch.randn(B, N, P, M, K, E, generator=generator) for _ in range(2))
@@ -81,7 +81,7 @@ def test_rows_of_folded_attention_equal_the_reference_when_only_the_last_tokens_
                                    thought_attention(q, k, v, text_k, text_v, position_BP, None))
 
 
-def test_gradients_of_folded_attention_equal_finite_differences():
+def test_gradients_of_two_part_attention_equal_finite_differences():
     generator = torch.Generator().manual_seed(0)
     B, N, P, M, H, K, E = 1, 2, 3, 2, 2, 1, 2
     for passes in ([M], [1, 1], [2, 1, 2]):
@@ -125,20 +125,20 @@ def test_no_tensor_grows_with_the_square_of_text_and_thoughts():
             quiet, ids_BL = tiny_quiet(n_thoughts=n_thoughts), texts(1, 32)
             thought_BNPT = torch.zeros(1, n_thoughts, 31, 3, dtype=torch.long)
             with Largest() as largest, torch.no_grad():
-                quiet.grade(ids_BL, every_position(ids_BL), thought_BNPT, every)
+                quiet.read(ids_BL, every_position(ids_BL), thought_BNPT, every, n_after=quiet.config.n_true - 1)
             sizes.append(largest.size)
         assert sizes[1] <= 4.5 * sizes[0]
 
 
 def test_a_step_of_sampling_computes_only_what_is_new():
-    quiet, ids_BL = tiny_quiet(), texts(2, 9)
-    rows = []
-    quiet.model.layers[0].register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
-    quiet.think(ids_BL, every_position(ids_BL), None, True)
-    assert rows == [9, 8] + [2 * 8] * 2      # the text, P start markers, N * P tokens T - 1 times
-    rows.clear()
-    quiet(ids_BL, ids_BL >= 0, uniform_BNPT=uniforms(2, 2, 8, 3))
-    assert rows == [9, 8] + [2 * 8] * 2 + [2 * 8 * 3]             # with gradients: each token once
+    ids_BL, rows = texts(2, 9), []
+    for one_pass in (False, True):
+        quiet = tiny_quiet(one_pass=one_pass)
+        quiet.model.layers[0].register_forward_hook(
+            lambda module, args, out: rows.append(out.shape[1]))
+        quiet(ids_BL, ids_BL >= 0, uniform_BNPT=uniforms(2, 2, 8, 3))
+    sampled = [9, 8] + [2 * 8] * 2           # the text, P start markers, N * P tokens T - 1 times
+    assert rows == sampled + [9 + 2 * 8 * 6] + sampled + [2 * 8 * 3]     # once more, or each once
 
 
 def test_positions_of_sampling_are_those_of_the_packed_pass():
@@ -146,7 +146,7 @@ def test_positions_of_sampling_are_those_of_the_packed_pass():
     context = GrowingContext(5, every_position(ids_BL), True)
     seen = [context.position_BS]
     for new in (1, 2, 1):
-        seen.append(context.advance(new, 1).position_BS)
+        seen.append(context.begin_pass(new, 1).position_BS)
     assert seen[0][0].tolist() == [0, 1, 2, 3, 4]
     assert seen[1][0].tolist() == [1, 2, 3, 4]                     # start: one past each position
     assert seen[2][0].tolist() == [2, 3, 3, 4, 4, 5, 5, 6]

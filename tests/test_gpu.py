@@ -5,10 +5,9 @@ The fused kernel there is another one, in bf16 alone; Mistral-7B's head counts a
 import pytest
 import torch
 
-from attention import TwoPartAttention, join, thought_attention
-from inference import Generator
+from attention import TwoPartAttention, concatenated, thought_attention
 from thoughts import every_position
-from toys import assert_one_phase_loses_no_more, texts, tiny_quiet, uniforms
+from toys import assert_one_pass_loses_no_more, texts, tiny_quiet, uniforms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -27,7 +26,7 @@ def test_folded_attention_loses_no_more_in_bfloat16_than_the_reference(B, N, P, 
     position_BP = torch.arange(P, device="cuda").expand(B, P)
 
     def reference(q, k_text, v_text, *own):
-        return thought_attention(q, *join(own), k_text, v_text, position_BP, None)
+        return thought_attention(q, *concatenated(own), k_text, v_text, position_BP, None)
     found = []
     for attend, dtype in ((reference, torch.float32), (TwoPartAttention.apply, torch.bfloat16),
                           (reference, torch.bfloat16)):
@@ -53,9 +52,9 @@ def test_a_gpu_finds_the_cpus_loss_and_gradients():
         torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-4)
 
 
-def test_in_bfloat16_one_phase_loses_no_more_than_two():
+def test_in_bfloat16_one_pass_loses_no_more_than_sample_then_read():
     quiet = tiny_quiet(model=dict(dim=64, head_dim=64), n_thoughts=3).cuda()   # the kernel's width
-    assert_one_phase_loses_no_more(quiet, texts(2, 24).cuda(), uniforms(2, 3, 23, 3).cuda())
+    assert_one_pass_loses_no_more(quiet, texts(2, 24).cuda(), uniforms(2, 3, 23, 3).cuda())
 
 
 def test_sampling_in_bfloat16_stays_near_float32():
@@ -66,12 +65,3 @@ def test_sampling_in_bfloat16_stays_near_float32():
         rounded = quiet.predict(ids_BL, every_position(ids_BL), thought_BNPT=thought_BNPT)[1]
     assert (rounded - exact).norm() / exact.norm() < 0.05
 
-
-def test_cuda_graphs_emit_what_eager_passes_emit():
-    quiet, ids_BL, length_B = tiny_quiet().cuda(), texts(2, 6).cuda(), torch.tensor([6, 4]).cuda()
-    eager, graphs = (Generator(quiet, ids_BL, length_B, 8, temperature=0, compiled=compiled)
-                     for compiled in (False, True))
-    for _ in range(8):
-        ours, theirs = graphs.step(), eager.step()
-        assert torch.equal(ours.token_B, theirs.token_B)
-        assert torch.equal(ours.thought_BT, theirs.thought_BT)

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from lm_head import chunked_cross_entropy
-from model import CausalContext, KVCache, ModelConfig, NextToken, may_see, rope
+from model import CausalContext, KVCache, ModelConfig, may_see, rope
+from train import PlainObjective
 from toys import DenseContext, texts, tiny_mistral, tiny_quiet, uniforms
 
 
@@ -83,7 +84,8 @@ def test_the_chunked_loss_equals_cross_entropy_and_its_gradients(rows, temperatu
     for chunked in (True, False):
         h, w = (t.clone().requires_grad_() for t in (hidden_RD, head_VD))
         if chunked:
-            loss, nll_R = chunked_cross_entropy(h, w, target_R, weight_R, temperature, masked_ids=(5, 6))
+            loss, nll_R = chunked_cross_entropy(h, w, target_R, weight_R, temperature,
+                                                masked_ids=(5, 6))
         else:
             nll_R = torch.nn.functional.cross_entropy((h @ w[:5].T) / temperature, target_R,
                                                       reduction="none")
@@ -103,12 +105,12 @@ def test_the_loss_never_holds_more_than_a_chunk_of_logits(monkeypatch):
         return linear(x, w)
     monkeypatch.setattr("lm_head.F.linear", spy)
     chunked_cross_entropy(torch.randn(10, 5, requires_grad=True), torch.randn(7, 5), torch.zeros(10).long(),
-                 torch.ones(10))
+                          torch.ones(10))
     assert seen == [4, 4, 2]
 
 
 def test_the_plain_objective_ignores_padding_by_its_mask_and_not_by_token_ids():
-    objective, ids_BL = NextToken(tiny_mistral()), texts(2, 8)
+    objective, ids_BL = PlainObjective(tiny_mistral()), texts(2, 8)
     ids_BL[:, 2:4] = 0                                        # token 0 is an ordinary token
     valid_BL = torch.arange(8) < torch.tensor([8, 5])[:, None]
     logits_BLV = objective.model.head(objective.model(ids_BL, CausalContext(positions(ids_BL))))
@@ -121,7 +123,7 @@ def test_the_plain_objective_ignores_padding_by_its_mask_and_not_by_token_ids():
 def test_activation_checkpointing_changes_no_gradient():
     gradients = []
     for recompute in (0, 1, 2):
-        objective = NextToken(tiny_mistral())
+        objective = PlainObjective(tiny_mistral())
         objective.model.recompute = recompute
         objective(texts(2, 8), torch.ones(2, 8).bool()).loss.backward()
         gradients.append([p.grad for p in objective.parameters()])
@@ -144,11 +146,11 @@ def test_compiled_blocks_have_the_same_loss_and_gradients():
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-def test_a_feed_forward_layer_in_pieces_is_the_same_layer(monkeypatch):
+def test_a_feed_forward_layer_in_chunks_is_the_same_layer(monkeypatch):
     gradients = []
     for piece in (1000, 3, 1):
-        monkeypatch.setattr("model.PIECE", piece)
-        objective = NextToken(tiny_mistral())
+        monkeypatch.setattr("model.CHUNK_TOKENS", piece)
+        objective = PlainObjective(tiny_mistral())
         objective(texts(2, 8), torch.ones(2, 8).bool()).loss.backward()
         gradients.append([p.grad for p in objective.parameters()])
     for whole, threes, ones in zip(*gradients):

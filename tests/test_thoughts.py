@@ -5,11 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+import thoughts
+
 from inference import Generator
 from lm_head import sample_tokens
 from model import CausalContext
-from thoughts import denominators, every_position, mix, true_tokens
-from toys import assert_one_phase_loses_no_more, texts, tiny_quiet, uniforms
+from attention import GrowingContext
+from thoughts import denominators, every_position, true_tokens
+from toys import assert_one_pass_loses_no_more, texts, tiny_quiet, uniforms
 
 
 def plain_pass(quiet, embeddings_SD):
@@ -41,7 +44,9 @@ def serial(quiet, text, uniform_T=None, thought=None):
 def test_parallel_thoughts_equal_serial_thoughts(greedy, window):
     quiet, ids_BL = tiny_quiet(model=dict(windows=window)), texts(2, 7)
     uniform_BNPT = None if greedy else uniforms(2, 2, 6, 3)
-    thought_BNPT, _ = quiet.think(ids_BL, every_position(ids_BL), uniform_BNPT, True)
+    context = GrowingContext(7, every_position(ids_BL), True)
+    quiet.model(ids_BL, context)
+    thought_BNPT, _, _ = quiet.sample_thoughts(context, uniform_BNPT, 2)
     for b in range(2):
         for j in range(6):
             for n in range(2):
@@ -55,14 +60,14 @@ def test_parallel_thoughts_equal_serial_thoughts(greedy, window):
                                      dict(thought_len=1, n_true=1), dict(filler=True)], ids=str)
 @pytest.mark.parametrize("model", [dict(), dict(windows=(5, 0)), dict(tied=True, qkv_bias=True)],
                          ids=str)
-def test_reading_each_token_once_gives_the_loss_and_gradients_of_two_phases(model, thought, every):
-    quiet, ids_BL = tiny_quiet(model=model, **thought), texts(2, 9)
+def test_one_pass_gives_the_loss_and_gradients_of_sample_then_read(model, thought, every):
+    ids_BL, config = texts(2, 9), tiny_quiet(model=model, **thought).config
     valid_BL = torch.arange(9) < torch.tensor([[9], [6]])
     position_BP = None if every else torch.tensor([[0, 3, 4], [2, 5, 7]])
-    uniform_BNPT = uniforms(2, quiet.config.n_thoughts, 8 if every else 3, quiet.config.thought_len)
+    uniform_BNPT = uniforms(2, config.n_thoughts, 8 if every else 3, config.thought_len)
     found = []
-    for quiet.two_phase in (False, True):
-        quiet.zero_grad()
+    for one_pass in (True, False):
+        quiet = tiny_quiet(model=model, one_pass=one_pass, **thought)
         outcome = quiet(ids_BL, valid_BL, position_BP, uniform_BNPT)
         outcome.loss.backward()
         found.append((outcome, [p.grad for p in quiet.parameters()]))
@@ -75,16 +80,16 @@ def test_reading_each_token_once_gives_the_loss_and_gradients_of_two_phases(mode
         assert a is None or (a - b).norm() <= 1e-4 * b.norm()
 
 
-def test_in_bfloat16_reading_each_token_once_loses_no_more_than_two_phases():
-    assert_one_phase_loses_no_more(tiny_quiet(n_thoughts=3), texts(2, 24), uniforms(2, 3, 23, 3))
+def test_in_bfloat16_one_pass_loses_no_more_than_sample_then_read():
+    assert_one_pass_loses_no_more(tiny_quiet(n_thoughts=3), texts(2, 24), uniforms(2, 3, 23, 3))
 
 
 @pytest.mark.parametrize("every", [True, False])
-def test_the_graded_pass_equals_a_plain_pass_over_text_thought_and_true_tokens(every):
+def test_the_read_pass_equals_a_plain_pass_over_text_thought_and_true_tokens(every):
     quiet, ids_BL = tiny_quiet(n_true=3), texts(2, 8)
     position_BP = every_position(ids_BL) if every else torch.tensor([[0, 4], [3, 6]])
     thought_BNPT = texts(2 * 2 * position_BP.shape[1], 3, seed=3).view(2, 2, -1, 3)
-    base_BLD, branch_BNPMD = quiet.grade(ids_BL, position_BP, thought_BNPT, every)
+    base_BLD, branch_BNPMD = quiet.read(ids_BL, position_BP, thought_BNPT, every, n_after=quiet.config.n_true - 1)
     for b in range(2):
         torch.testing.assert_close(base_BLD[b], plain_pass(quiet, quiet.model.embed(ids_BL[b])),
                                    rtol=1e-5, atol=1e-5)
@@ -102,13 +107,13 @@ def test_training_evaluation_and_generation_insert_the_same_tokens_at_the_same_p
     quiet, ids_BL = tiny_quiet(n_thoughts=1), texts(3, 8)
     base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = quiet.predict(ids_BL)
     position_BP = every_position(ids_BL, last=True)
-    base_BLD, branch_BNPMD = quiet.grade(ids_BL, position_BP, thought_BNPT, True)
-    mixed_BNPAD, weight_BNPA = quiet.mixed(base_BLD, branch_BNPMD[..., 4:5, :], position_BP)
+    base_BLD, branch_BNPMD = quiet.read(ids_BL, position_BP, thought_BNPT, True, n_after=quiet.config.n_true - 1)
+    mixed_BNPAD, weight_BNPA = quiet.mix(base_BLD[:, None, :, None], branch_BNPMD[..., 4:5, :])
     torch.testing.assert_close(mixed_BNPAD[..., 0, :], mixed_BNPD, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weight_BNPA[..., 0], weight_BNP, rtol=1e-5, atol=1e-5)
 
     length_B = torch.tensor([8, 5, 2])                            # right-padded prompts
-    emitted = Generator(quiet, ids_BL, length_B, max_new=2, temperature=0).step()
+    emitted = Generator(quiet, ids_BL, length_B, max_new_tokens=2).step()
     for b, j in enumerate((length_B - 1).tolist()):
         assert emitted.thought_BT[b].tolist() == thought_BNPT[b, 0, j].tolist()
         torch.testing.assert_close(emitted.mixing_weight_B[b], weight_BNP[b, 0, j],
@@ -121,7 +126,7 @@ def test_training_evaluation_and_generation_insert_the_same_tokens_at_the_same_p
 
 def test_generation_with_a_cache_equals_thinking_anew_after_every_token():
     quiet, ids_BL = tiny_quiet(n_thoughts=1), texts(2, 5)
-    stream, text = Generator(quiet, ids_BL, torch.tensor([5, 5]), max_new=6, temperature=0), ids_BL
+    stream, text = Generator(quiet, ids_BL, torch.tensor([5, 5]), max_new_tokens=6), ids_BL
     for _ in range(6):
         _, mixed_BNPD, _, thought_BNPT = quiet.predict(text)
         emitted = stream.step()
@@ -132,9 +137,14 @@ def test_generation_with_a_cache_equals_thinking_anew_after_every_token():
 
 
 def test_mixing_weight_0_is_the_base_and_1_is_the_thought():
-    base, thought = torch.randn(3, 4), torch.randn(3, 4)
-    assert torch.equal(mix(base, thought, torch.zeros(3, 1)), base)
-    assert torch.equal(mix(base, thought, torch.ones(3, 1)), thought)
+    quiet, base, thought = tiny_quiet(), torch.randn(3, 16), torch.randn(3, 16)
+    quiet.mixing_head = torch.nn.Linear(32, 1)
+    with torch.no_grad():
+        for weight, expected in ((0.0, base), (1.0, thought)):
+            quiet.mixing_head.weight.zero_()
+            quiet.mixing_head.bias.fill_(weight)
+            mixed, found = quiet.mix(base, thought)
+            assert torch.equal(mixed, expected) and (found == weight).all()
 
 
 def test_a_fresh_quiet_star_predicts_exactly_like_its_base():
@@ -154,8 +164,8 @@ def test_the_last_position_thinks_too():
     assert thought_BNPT[0, 0, -1].tolist() == tokens
     state = plain_pass(quiet, torch.stack(said))[-1]
     base = plain_pass(quiet, quiet.model.embed(ids_BL[0]))[-1]
-    weight = quiet.mixing_head(torch.cat((base, state)))
-    torch.testing.assert_close(mixed_BNPD[0, 0, -1], mix(base, state, weight), rtol=1e-5, atol=1e-5)
+    mixed, _ = quiet.mix(base, state)
+    torch.testing.assert_close(mixed_BNPD[0, 0, -1], mixed, rtol=1e-5, atol=1e-5)
 
 
 def test_thoughts_see_the_text():
@@ -163,7 +173,7 @@ def test_thoughts_see_the_text():
     changed_BL = ids_BL.clone()
     changed_BL[0, 0] = (changed_BL[0, 0] + 1) % 23
     thought_BNPT = torch.zeros(1, 2, 6, 3, dtype=torch.long)
-    before, after = (quiet.grade(x, every_position(x), thought_BNPT, True)[1]
+    before, after = (quiet.read(x, every_position(x), thought_BNPT, True, n_after=quiet.config.n_true - 1)[1]
                      for x in (ids_BL, changed_BL))
     assert (before - after).abs().amax(-1).min() > 1e-6     # every branch token of every position
 
@@ -171,10 +181,10 @@ def test_thoughts_see_the_text():
 def test_thoughts_do_not_see_each_other_nor_the_future():
     quiet, ids_BL = tiny_quiet(), texts(1, 7)
     thought_BNPT = texts(12, 3, seed=5).view(1, 2, 6, 3)
-    _, before = quiet.grade(ids_BL, every_position(ids_BL), thought_BNPT, True)
+    _, before = quiet.read(ids_BL, every_position(ids_BL), thought_BNPT, True, n_after=quiet.config.n_true - 1)
     changed_BNPT = thought_BNPT.clone()
     changed_BNPT[0, 1, 2] = (changed_BNPT[0, 1, 2] + 1) % 23
-    _, after = quiet.grade(ids_BL, every_position(ids_BL), changed_BNPT, True)
+    _, after = quiet.read(ids_BL, every_position(ids_BL), changed_BNPT, True, n_after=quiet.config.n_true - 1)
     moved = (before - after).abs().amax(-1)[0] > 1e-6                                    # [N, P, M]
     assert moved[1, 2, 1:].all() and moved.sum() == moved[1, 2].sum() and not moved[1, 2, 0]
 
@@ -185,8 +195,9 @@ def test_look_ahead_never_sees_its_target():
     thought_BNPT = texts(16, 3, seed=5).view(1, 2, 8, 3)
 
     def predictions(x_BL):
-        base_BLD, branch_BNPMD = quiet.grade(x_BL, every_position(x_BL), thought_BNPT, True)
-        return quiet.mixed(base_BLD, branch_BNPMD[..., 4:, :], every_position(x_BL))[0][0, :, j]
+        base_BLD, branch_BNPMD = quiet.read(x_BL, every_position(x_BL), thought_BNPT, True, n_after=quiet.config.n_true - 1)
+        base_AD = base_BLD[0, j:j + A]
+        return quiet.mix(base_AD, branch_BNPMD[0, :, j, 4:])[0]
     before = predictions(ids_BL)
     for a in range(A):
         changed_BL = ids_BL.clone()
@@ -273,7 +284,7 @@ def test_the_policy_gradient_equals_exact_enumeration():
         _, said = serial(quiet, ids_BL[0, :1], thought=torch.tensor([token]))
         after = plain_pass(quiet, torch.stack(said))[-1]
         base = plain_pass(quiet, torch.stack(said[:1]))[-1]
-        mixed = mix(base, after, quiet.mixing_head(torch.cat((base, after))))
+        mixed, _ = quiet.mix(base, after)
         logits = [quiet.model.head(x).log_softmax(-1)[ids_BL[0, 1]] for x in (mixed, base)]
         return (logits[0] - logits[1]).item()
     reward_V = [reward(token) for token in range(V)]
@@ -308,11 +319,11 @@ def test_micro_batches_with_unequal_padding_equal_one_batch():
     valid_BL = torch.arange(9) < torch.tensor([9, 3, 6, 2])[:, None]
     uniform_BNPT = uniforms(4, 2, 8, 3)
     whole = gradient(quiet, ids_BL, valid_BL, uniform_BNPT=uniform_BNPT)
-    terms = denominators(valid_BL, quiet.config)
+    counts = denominators(valid_BL, quiet.config)
     quiet.zero_grad()
     loss = 0
     for rows in (slice(0, 1), slice(1, 4)):
-        out = quiet(ids_BL[rows], valid_BL[rows], uniform_BNPT=uniform_BNPT[rows], terms=terms)
+        out = quiet(ids_BL[rows], valid_BL[rows], uniform_BNPT=uniform_BNPT[rows], counts=counts)
         out.loss.backward()
         loss += out.metrics()["nll/mixed"]
     for name, p in quiet.named_parameters():
@@ -336,8 +347,8 @@ def test_padding_changes_nothing():
 def test_every_average_names_its_denominator():
     quiet = tiny_quiet(n_true=2)
     valid_BL = torch.arange(7) < torch.tensor([7, 4])[:, None]
-    terms = denominators(valid_BL, quiet.config).tolist()
-    assert terms == [6 + 3,                       # base: next tokens that exist
+    counts = denominators(valid_BL, quiet.config).tolist()
+    assert counts == [6 + 3,                       # base: next tokens that exist
                      (6 + 3) * 2, (5 + 2) * 2,    # mixed, at a = 0 and 1, times N
                      2 * 4 * 2 * 3]               # policy: B * (L - 1 - A) * N * T, padding counted
 
@@ -357,19 +368,26 @@ def test_thinking_at_a_random_share_of_the_positions_estimates_the_same_gradient
         torch.testing.assert_close(mean[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
-def test_log_probabilities_that_the_loss_does_not_need_are_not_computed():
-    quiet, ids_BL = tiny_quiet(), texts(2, 9)
+def test_log_probabilities_that_the_loss_does_not_need_are_not_computed(monkeypatch):
+    """Thoughts without an advantage never see the head for REINFORCE."""
+    quiet, ids_BL, rows = tiny_quiet(), texts(2, 9), []
+    compute = thoughts.chunked_cross_entropy
+
+    def spy(hidden_RD, *args, **options):
+        rows.append(len(hidden_RD))
+        return compute(hidden_RD, *args, **options)
+    monkeypatch.setattr(thoughts, "chunked_cross_entropy", spy)
     out = quiet(ids_BL, torch.ones_like(ids_BL).bool(), uniform_BNPT=uniforms(2, 2, 8, 3))
-    unneeded_BNP1 = (out.advantage_BNP <= 0)[..., None]
-    assert torch.equal(out.logp_BNPT.isnan(), unneeded_BNP1.expand_as(out.logp_BNPT))
+    assert rows[-1] == 3 * int((out.advantage_BNP > 0).sum()) < out.thought_BNPT.numel()
 
 
 def test_filler_tokens_are_the_start_marker_and_teach_no_policy():
     quiet, ids_BL = tiny_quiet(filler=True), texts(2, 6)
-    x_BNPMD = quiet.embed_branch(torch.zeros(1, 1, 1, 3, dtype=torch.long))
+    thought_BNPT = torch.zeros(1, 1, 1, 3, dtype=torch.long)
+    x_BNPMD = quiet.embed_branch(ids_BL[:1], torch.zeros(1, 1).long(), thought_BNPT, 0)
     assert (x_BNPMD[0, 0, 0, :4] == quiet.start_thought).all()
     out = quiet(ids_BL, torch.ones_like(ids_BL).bool(), uniform_BNPT=uniforms(2, 2, 5, 3))
-    assert float(out.loss_policy) == 0.0
+    assert float(out.policy_loss) == 0.0
 
 
 def test_bfloat16_autocast_stays_near_float32():

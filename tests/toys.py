@@ -4,6 +4,7 @@ import torch
 from attention import may_attend
 from model import Mistral, ModelConfig
 from thoughts import QuietSTaR, ThoughtConfig
+from tools.one_pass import use_one_pass
 
 TINY = dict(vocab_size=23, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=24)
 
@@ -19,7 +20,8 @@ def tiny_mistral(seed: int = 0, **changes) -> Mistral:
     return model
 
 
-def tiny_quiet(seed: int = 0, model: dict | None = None, **thought) -> QuietSTaR:
+def tiny_quiet(seed: int = 0, model: dict | None = None, one_pass: bool = False,
+               **thought) -> QuietSTaR:
     """A QuietSTaR whose mixing head is no longer fresh."""
     settings = dict(thought_len=3, n_thoughts=2, n_true=2, policy_weight=1.0,
                     policy_temperature=1.5)
@@ -30,7 +32,7 @@ def tiny_quiet(seed: int = 0, model: dict | None = None, **thought) -> QuietSTaR
         quiet.end_thought.add_(torch.randn(quiet.end_thought.shape, generator=generator))
         quiet.mixing_head[4].weight.copy_(torch.randn(quiet.mixing_head[4].weight.shape,
                                                       generator=generator))
-    return quiet
+    return use_one_pass(quiet) if one_pass else quiet
 
 
 def texts(B: int, L: int, vocab_size: int = 23, seed: int = 0):
@@ -41,10 +43,11 @@ def uniforms(*shape, seed: int = 0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_one_phase_loses_no_more(quiet: QuietSTaR, ids_BL, uniform_BNPT):
-    """In bfloat16, of every gradient, than two phases with the same thoughts do."""
+def assert_one_pass_loses_no_more(quiet: QuietSTaR, ids_BL, uniform_BNPT):
+    """In bfloat16 every gradient of one pass is as near to fp32 as that of sample-then-read."""
     found, draws = [], dict(uniform_BNPT=uniform_BNPT)
-    for half in (True, True, False):                    # one phase, then two, then two in fp32
+    use_one_pass(quiet)
+    for half in (True, True, False):      # one pass; forced thoughts are read: in bf16, in fp32
         quiet.zero_grad()
         with torch.autocast(ids_BL.device.type, torch.bfloat16, enabled=half):
             outcome = quiet(ids_BL, ids_BL >= 0, **draws)
@@ -71,10 +74,12 @@ class DenseContext:
         return torch.einsum("bhqk,bkhe->bqhe", score.softmax(-1), v_BSHE)
 
 
-def dense_grade(quiet: QuietSTaR, ids_BL, position_BP, thought_BNPT):
-    """`QuietSTaR.grade` under the whole [text + thoughts]^2 mask of the one rule."""
-    branch_BNPMD = quiet.embed_branch(thought_BNPT,
-                                        ahead(ids_BL, position_BP, quiet.config.n_true - 1))
+def dense_read(quiet: QuietSTaR, ids_BL, position_BP, thought_BNPT):
+    """`QuietSTaR.read` under the whole [text + thoughts]^2 mask of the one rule."""
+    n_after = quiet.config.n_true - 1
+    branch_BNPMD = quiet.embed_branch(ids_BL, position_BP, thought_BNPT, n_after)
+    true_BPaD = quiet.model.embed(ahead(ids_BL, position_BP, n_after))
+    assert torch.equal(branch_BNPMD[:, 0, :, -n_after:] if n_after else true_BPaD, true_BPaD)
     (B, L), (_, N, P, M, _) = ids_BL.shape, branch_BNPMD.shape
     text = torch.arange(L).expand(B, L)
     position = torch.cat((text, position_BP[:, None, :, None].expand(B, N, P, M).flatten(1)), dim=1)
