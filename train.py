@@ -1,130 +1,154 @@
 """Train: plain next-token prediction, or Quiet-STaR on top of a checkpoint. One loop for both.
 
-    python train.py --objective=plain --data=data/shell_game/aloud --dim=128 ... --out=out/base
-    python train.py --init_from=out/base --data=data/shell_game/silent --out=out/quiet
+    python train.py --objective=plain --data=data/shell_game/with_reasoning --dim=128 --out=out/base
+    python train.py --init_from=out/base --data=data/shell_game/without_reasoning --out=out/quiet
     torchrun --nproc_per_node=8 train.py --init_from=Mistral-7B-v0.1 ...
     python train.py --init_from=resume --out=out/quiet
 
-`main` is the whole story in the order of time; the two lines of tildes fence the only lines that
-learn. Complete commands are in runs/. Every random number comes from a generator keyed by
-(seed, purpose, step, row), so a resumed run, another number of ranks, or another cut into
-micro-batches sees the same text and draws the same thoughts; there is no random state to save.
+Two lines of tildes in `main` fence the only lines that learn. Complete commands are in runs/. Every
+random number comes from a generator keyed by (seed, purpose, step, row), so a resumed run, another
+number of ranks, or another cut into micro-batches sees the same text and samples the same thoughts.
 
 Left out on purpose: a trainer class, callbacks, fp16 and loss scaling. With --dtype=bfloat16 the
 matrix products are bf16; weights and optimizer state stay fp32, as at lr 1e-6 they must.
-
-Read next: sample.py, eval.py
 """
 import json
 import math
 import signal
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 import checkpoint
 import config
-import data
-import eval as evaluation
-import distributed as parallel
-import tokenizer as tokenizers
-import weights
+import distributed
 from config import UserError
-from formats.tensors import fingerprint
-from model import Mistral, ModelConfig, NextToken
-from thoughts import QuietSTaR, ThoughtConfig, denominators
-
-RNG_THOUGHTS, RNG_WEIGHTS = 2, 3     # purposes of random numbers; data.Batches.PURPOSE is 1
+from data import RNG_THOUGHTS, RNG_WEIGHTS, Batches, TokenFile, seed_of
+from lm_head import chunked_cross_entropy
+from model import CausalContext, Mistral, ModelConfig
+from scoring import evaluate_held_out, load_task
+from thoughts import QuietSTaR, ThoughtConfig, base_model, denominators, every_position
+from tokenizer import dash_id, load_tokenizer
+from tools.one_pass import use_one_pass
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The defaults are the paper's for Mistral-7B."""
     out: str = ""                     # folder for checkpoints and log.jsonl
-    data: str = ""                    # folder that data.py wrote
-    init_from: str = "scratch"        # scratch | resume | a folder with a checkpoint
-    objective: str = "quiet"          # quiet | plain
-    steps: int = 100                  # optimizer steps in all; the paper's
-    batch_size: int = 8                    # texts per step, all ranks and micro-batches; the paper's
+    data: str = ""                    # folder of token files that data.py wrote
+    init_from: str = "scratch"        # scratch, resume, or a folder with a checkpoint
+    objective: Literal["quiet", "plain"] = "quiet"  # Quiet-STaR, or plain next-token prediction
+    steps: int = 100                  # optimizer steps in all (paper: 100)
+    batch_size: int = 8               # texts per step, over all ranks and micro-batches (paper: 8)
     grad_accum: int = 1               # micro-batches per step and rank
-    seq_len: int = 256                 # tokens per text; the paper's
-    crops: str = "document"           # document (one window of one document, as official) | stream
-    lr: float = 1e-6                  # peak; the paper's
-    min_lr: float | None = None       # cosine down to this at the last step; default: stay at lr
-    warmup: int = 20                  # steps; the official code's
-    marker_lr: float = 100.0          # times lr; the official code stores markers / 100
-    mixing_lr: float = 1.0            # times lr
-    weight_decay: float = 0.001       # of matrices; the official code's
-    beta2: float = 0.999              # of AdamW
-    grad_clip: float = 1.0                 # of the gradient's norm
-    think_share: float = 1.0          # of the positions, drawn at random, that think at each step
+    seq_len: int = 256                # tokens per text (paper: 256)
+    crops: Literal["document", "stream"] = "document"  # one window of a document, or of all text
+    lr: float = 1e-6                  # peak learning rate (paper: 1e-6)
+    min_lr: float | None = None       # cosine decay to this at the last step; default: constant lr
+    warmup: int = 20                  # steps of linear warm-up (official code: 20)
+    marker_lr: float = 100.0          # markers' learning rate, times lr (official code: as 100)
+    mixing_lr: float = 1.0            # mixing head's learning rate, times lr
+    weight_decay: float = 0.001       # AdamW weight decay of matrices (official code: 0.001)
+    beta2: float = 0.999              # AdamW decay rate of the second moment
+    grad_clip: float = 1.0            # largest norm of the whole gradient (official code: 1)
+    think_share: float = 1.0          # share of positions, drawn at random, that think at each step
     recompute: int = 0                # activation checkpointing of every n-th block; 0 none, 1 all
     compile: bool = False             # torch.compile the blocks; the first step takes minutes
-    dtype: str = "float32"            # of the matrix products: float32 | bfloat16
-    device: str = "auto"              # auto | cpu | cuda
-    parallel: str = "auto"            # auto (ddp for several processes) | none | ddp | fsdp
-    eval_every: int = 50              # steps; 0: never
+    dtype: Literal["float32", "bfloat16"] = "float32"  # type of the matrix products
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # auto: ddp for several processes
+    eval_every: int = 50              # steps between evaluations on held-out text; 0: never
     eval_texts: int = 64              # held-out texts at each evaluation
-    save_every: int = 50              # steps; also at the end and when stopped
-    seed: int = 0
+    eval_task: Literal["none", "shell_game"] = "none"  # score this task's answers, not all tokens
+    save_every: int = 50              # steps between checkpoints; one more at the end
+    seed: int = 0                     # seed of weights, batches and thoughts
 
     def __post_init__(self):
-        for name, known in (("objective", ("quiet", "plain")), ("dtype", ("float32", "bfloat16")),
-                            ("crops", ("document", "stream")),
-                            ("parallel", ("auto", "none", "ddp", "fsdp"))):
-            if getattr(self, name) not in known:
-                raise UserError(f"--{name}={getattr(self, name)} is not one of {', '.join(known)}")
-        config.check_at_least(self, batch_size=1, grad_accum=1, seq_len=2, steps=0, eval_every=0, eval_texts=1,
-                        save_every=1, recompute=0, lr=0, seed=0)
+        config.check_at_least(self, batch_size=1, grad_accum=1, seq_len=2, steps=0, eval_every=0,
+                              eval_texts=1, save_every=1, recompute=0, lr=0, seed=0)
         if not 0 < self.think_share <= 1:
             raise UserError(f"--think_share={self.think_share} is not above 0 and at most 1")
         if not self.out or not self.data:
             raise UserError("--out=FOLDER and --data=FOLDER are needed (data.py makes the data)")
 
 
-def build_objective(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: ThoughtConfig, tokenizer,
-                    resumed: Path | None):
-    """Scratch, a checkpoint, or the one to resume, as the objective to train. A checkpoint's
-    weights are mapped as they are stored, from pages that all ranks of a machine share."""
+@dataclass
+class PlainLosses:
+    """The result of one forward pass of PlainObjective."""
+    loss: torch.Tensor                # nats per token; carries the gradient
+
+    def metrics(self):
+        loss = self.loss.detach()
+        return {"loss": loss, "nll/base": loss}
+
+
+class PlainObjective(nn.Module):
+    """Next-token prediction without thoughts: the control, and what pretrains a base."""
+    def __init__(self, model: Mistral):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BL, valid_BL, counts=None) -> PlainLosses:
+        """The mean nll; counts[0], by default of this micro-batch, is the denominator."""
+        mask_BL = valid_BL[:, 1:]
+        n_tokens = mask_BL.sum() if counts is None else counts[0]
+        context = CausalContext(every_position(ids_BL, last=True))
+        hidden_BLD = self.model(ids_BL, context)
+        target_R = ids_BL[:, 1:][mask_BL]
+        weight_R = (1 / n_tokens.clamp(min=1)).float().expand_as(target_R)
+        loss, _ = chunked_cross_entropy(hidden_BLD[:, :-1][mask_BL], self.model.head.weight,
+                                        target_R, weight_R)
+        return PlainLosses(loss)
+
+
+def build_model(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: ThoughtConfig, tokenizer,
+                resumed: Path | None) -> Mistral | QuietSTaR:
+    """The model to train: from scratch, from a checkpoint, or the one to resume.
+
+    A checkpoint's weights are mapped as they are stored, from pages that all ranks share.
+    """
     generator = torch.Generator().manual_seed(seed_of(cfg.seed, RNG_WEIGHTS))
-    if resumed:
-        try:
-            model = weights.load(resumed, dtype=None, thought_config=thought_cfg)
-        except (ValueError, FileNotFoundError) as error:
-            raise UserError(f"{error}{checkpoint.other(resumed)}") from None
-    elif cfg.init_from == "scratch":
+    if cfg.init_from == "scratch" and not resumed:
         model = Mistral(model_cfg).init_weights(generator)
     else:
-        model = weights.load(weights.find_checkpoint(cfg.init_from), dtype=None,
-                             thought_config=thought_cfg)
-    base = model.model if isinstance(model, QuietSTaR) else model
-    weights.check_tokenizer(resumed or cfg.init_from, base.config, tokenizer)
+        folder = resumed or checkpoint.find_checkpoint(cfg.init_from)
+        model = checkpoint.load_model(folder, dtype=None, thought_config=thought_cfg)
+    base = base_model(model)
+    checkpoint.check_tokenizer(resumed or cfg.init_from, base.config, tokenizer)
     if cfg.objective == "plain":
-        return NextToken(base)
+        return base
     if isinstance(model, QuietSTaR):
         return model
-    return weights.add_thoughts(base, thought_cfg, tokenizers.dash_id(tokenizer), generator)
+    return checkpoint.add_thoughts(base, thought_cfg, dash_id(tokenizer), generator)
 
 
-def build_optimizer(objective, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW in four groups; each remembers how many times `lr` it takes."""
-    groups = {"decay": [], "no_decay": [], "markers": [], "mixing_head": []}
-    for name, p in objective.named_parameters():
-        kind = ("markers" if name.endswith("_thought") else "mixing_head" if "mixing_head" in name
-                else "decay" if p.dim() > 1 else "no_decay")
-        groups[kind].append(p)
-    scale = {"markers": cfg.marker_lr, "mixing_head": cfg.mixing_lr}
-    decay = {"decay": cfg.weight_decay, "mixing_head": cfg.weight_decay}
-    return torch.optim.AdamW(
-        [dict(params=params, name=name, scale=scale.get(name, 1.0),
-              weight_decay=decay.get(name, 0.0)) for name, params in groups.items() if params],
-        lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+def build_optimizer(model, cfg: TrainConfig) -> torch.optim.AdamW:
+    """AdamW in four groups; `scale` is how many times `lr` a group takes."""
+    groups = {
+        "decay": dict(params=[], scale=1.0, weight_decay=cfg.weight_decay),
+        "no_decay": dict(params=[], scale=1.0, weight_decay=0.0),
+        "markers": dict(params=[], scale=cfg.marker_lr, weight_decay=0.0),
+        "mixing_head": dict(params=[], scale=cfg.mixing_lr, weight_decay=cfg.weight_decay)}
+    # vectors are not decayed; markers and mixing head are new and learn at rates of their own
+    for name, p in model.named_parameters():
+        kind = "decay" if p.dim() > 1 else "no_decay"
+        if name.endswith("_thought"):
+            kind = "markers"
+        if "mixing_head" in name:
+            kind = "mixing_head"
+        groups[kind]["params"].append(p)
+    used = [dict(group, name=name) for name, group in groups.items() if group["params"]]
+    return torch.optim.AdamW(used, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
 
 
 def lr_at(step: int, cfg: TrainConfig) -> float:
-    """Linear warm-up, then constant, or along a cosine that reaches lr_end at the last step."""
+    """Linear warm-up, then constant, or along a cosine that reaches min_lr at the last step."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     min_lr = cfg.lr if cfg.min_lr is None else cfg.min_lr
@@ -132,66 +156,59 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
     return min_lr + (cfg.lr - min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
-def seed_of(*key: int) -> int:
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
-def thought_draws(cfg: TrainConfig, thought_cfg: ThoughtConfig, step: int, rows) -> dict:
-    """What chance decides of each row's thoughts, the same on any layout: where one thinks (if not
-    everywhere), and the uniform numbers that choose the tokens."""
-    n_positions, draws = math.ceil(cfg.think_share * (cfg.seq_len - 1)), {"uniform_BNPT": []}
+def thought_randoms(cfg: TrainConfig, thought_cfg: ThoughtConfig, step: int, rows):
+    """Random numbers for the thoughts of each text, keyed by (seed, step, row), so that any number
+    of ranks or micro-batches draws the same: `uniform_BNPT`, which decides the sampled tokens, and
+    `position_BP`, the positions that think if not all do.
+    """
+    n_positions = math.ceil(cfg.think_share * (cfg.seq_len - 1))
+    shape = (thought_cfg.n_thoughts, n_positions, thought_cfg.thought_len)
+    randoms = {"uniform_BNPT": []}
+    # a generator for each text, whatever rank or micro-batch it is in
     for row in rows:
         rng = np.random.default_rng([cfg.seed, RNG_THOUGHTS, step, row])
-        shape = thought_cfg.n_thoughts, n_positions, thought_cfg.thought_len
-        draws["uniform_BNPT"].append(rng.random(shape, dtype=np.float32))
+        randoms["uniform_BNPT"].append(rng.random(shape, dtype=np.float32))
         if cfg.think_share < 1:
-            chosen = np.sort(rng.permutation(cfg.seq_len - 1)[:n_positions])
-            draws.setdefault("position_BP", []).append(chosen)
-    return {name: torch.from_numpy(np.stack(values)) for name, values in draws.items()}
+            chosen = rng.permutation(cfg.seq_len - 1)[:n_positions]
+            randoms.setdefault("position_BP", []).append(np.sort(chosen))
+    return {name: torch.from_numpy(np.stack(values)) for name, values in randoms.items()}
 
 
-# ------------------------------------------------------------------------------------ the setting
+def configure():
+    """Read the command line; what it leaves out comes from the checkpoint that is continued.
 
-def configure() -> tuple[TrainConfig, ModelConfig, ThoughtConfig, dict | None]:
-    """The command line; what it leaves out comes from the checkpoint it begins with, if any."""
+    Returns the three configs, and the state of the run to resume, or None.
+    """
     kinds = (TrainConfig, ModelConfig, ThoughtConfig)
     first, *_ = config.parse(*kinds, defaults={"out": "-", "data": "-"})
-    resumes = first.init_from == "resume" or (
-        parallel.restarts() and Path(first.out, "latest").is_file())
-    if first.init_from == "scratch" and not resumes:
-        return *config.parse(*kinds), None
-    if not resumes:
-        shape, settings = weights.read_config(weights.find_checkpoint(first.init_from))
-        fixed = [name for name in asdict(shape) if f"--{name}" in config.options_on_command_line()]
-        if fixed:
-            raise UserError(f"--{fixed[0]} is the checkpoint's to say: {first.init_from} has "
-                             f"{asdict(shape)[fixed[0]]}; leave it out")
-        return *config.parse(*kinds, defaults=asdict(settings) if settings else None), None
-    if not Path(first.out, "latest").is_file():
+    has_run = Path(first.out, "latest").is_file()
+    resumes = first.init_from == "resume" or (distributed.restarts_enabled() and has_run)
+    if resumes and not has_run:
         raise UserError(f"nothing to resume in --out={first.out}: it has no file 'latest'")
-    folder = weights.find_checkpoint(first.out)
-    state = checkpoint.read_state(folder)
-    cfg, model_cfg, thought_cfg = config.parse(*kinds, defaults=state["settings"])
+    if has_run and not resumes:
+        raise UserError(f"{first.out} already holds a run: --init_from=resume goes on with it, "
+                        "another --out starts anew")
+    # what the checkpoint says is the default
+    state, stored = None, {}
+    if resumes:
+        state = checkpoint.read_state(checkpoint.find_checkpoint(first.out))
+        stored = state["settings"]
+        unknown = stored.keys() - {field.name for kind in kinds for field in fields(kind)}
+        if unknown:
+            raise UserError(f"{first.out} is a run of another version (--{min(unknown)}): start "
+                            "anew from its weights, with --init_from")
+    elif first.init_from != "scratch":
+        folder = checkpoint.find_checkpoint(first.init_from)
+        shape, settings = checkpoint.read_config(folder)
+        stored = asdict(shape) | (asdict(settings) if settings else {})
+    cfg, model_cfg, thought_cfg = config.parse(*kinds, defaults=stored)
+    # its architecture cannot be changed
     for name, value in asdict(model_cfg).items():
-        if value != state["settings"][name]:
-            raise UserError(f"cannot resume: {name} is {state['settings'][name]} in {folder}, "
-                             f"{value} on the command line")
+        if value != stored.get(name, value):
+            raise UserError(f"--{name}={value}, but the checkpoint has {stored[name]}: leave it "
+                            "out")
     return cfg, model_cfg, thought_cfg, state
 
-
-def facts(settings: dict, step: int, tokenizer, objective) -> dict[str, object]:
-    """What must be the same on all ranks, under the name that an error gives it."""
-    def here(folder, *patterns):
-        return [(path.name, fingerprint(path))
-                for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
-    return {"code": here(Path(__file__).parent, "*.py"), "torch": torch.__version__,
-            "tokenizer": tokenizer.sha256, "step": step,
-            "data": here(settings["data"], "*.bin", "*.npy", "meta.json"),
-            "weights": [p.detach().flatten()[:64].tolist() for p in objective.parameters()],
-            **{f"--{name}": value for name, value in settings.items()}}
-
-
-# ---------------------------------------------------------------------------------------- the log
 
 COLUMNS = (("loss", "loss", ".4f"), ("nll/base", "base", ".4f"), ("nll/mixed", "mixed", ".4f"),
            ("thought/reward", "reward", "+.4f"), ("thought/entropy", "entropy", ".3f"),
@@ -199,156 +216,164 @@ COLUMNS = (("loss", "loss", ".4f"), ("nll/base", "base", ".4f"), ("nll/mixed", "
            ("lr", "lr", ".1e"), ("tokens/s", "tok/s", ".0f"))
 
 
-class Log:
+class RunLog:
     """log.jsonl, a row a step under stable names; the same on the screen about once a second."""
-    def __init__(self, out: Path, step: int, writes: bool):
-        self.path, self.writes, self.printed = out / "log.jsonl", writes, 0.0
-        if writes:
-            out.mkdir(parents=True, exist_ok=True)
-        if writes and self.path.is_file():            # drop what the checkpoint does not know of
+    def __init__(self, out: Path, step: int, is_main: bool):
+        self.path, self.is_main, self.printed = out / "log.jsonl", is_main, 0.0
+        if is_main and self.path.is_file():
+            # a resumed run drops the rows of steps that its checkpoint does not hold
             lines = self.path.read_text().splitlines()
             rows = [json.loads(line) for line in lines if line.endswith("}")]
             kept = [row for row in rows if row["step"] < step + ("loss" in row)]
             text = "".join(json.dumps(row) + "\n" for row in kept)
-            weights.atomic_write(self.path, lambda path: path.write_text(text))
+            with config.atomic_write(self.path) as temporary:
+                temporary.write_text(text)
 
-    def row(self, step: int, steps: int, values: dict[str, float], always: bool = False):
-        if not self.writes:
+    def row(self, step: int, steps: int, values: dict, always=False):
+        if not self.is_main:
             return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if always or time.monotonic() > self.printed + 1:
             self.printed = time.monotonic()
-            shown = [f"{head} {values[name]:{form}}" for name, head, form in COLUMNS
-                     if name in values]
-            shown += [f"{name} {value:.4f}" for name, value in values.items()
-                      if name.startswith("eval/")]
-            print(f"step {step}/{steps}  " + "  ".join(shown), flush=True)
+            shown = [f"step {step}/{steps}"]
+            for name, head, form in COLUMNS:
+                if name in values:
+                    shown.append(f"{head} {values[name]:{form}}")
+            for name, value in values.items():
+                if name.startswith("eval/"):
+                    shown.append(f"{name} {value:.4f}")
+            print("  ".join(shown), flush=True)
 
 
-def listen_for_signals() -> list[int]:
-    """SIGTERM and Ctrl-C only leave a note here; the loop reads it between two steps."""
-    notes: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, frame: notes.append(received))
-    return notes
+def check_finite(loss: float, norm: float, step: int, out: Path):
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise UserError(f"loss is {loss} at step {step} (grad norm {norm}); nothing was learnt "
+                        f"from it; last good checkpoint: {checkpoint.last_good(out)}")
 
-
-def check_finite(values: dict[str, float], step: int, out: Path):
-    if not all(math.isfinite(values[name]) for name in ("loss", "grad_norm")):
-        pointer = out / "latest"
-        good = out / pointer.read_text().strip() if pointer.is_file() else "none yet"
-        norm = values["grad_norm"]
-        raise UserError(f"loss is {values['loss']} at step {step} (grad norm {norm}); nothing was "
-                         f"learnt from it; last good checkpoint: {good}")
-
-
-# ---------------------------------------------------------------------------------------- the story
 
 def main():
     # setup
     cfg, model_cfg, thought_cfg, state = configure()
-    place, out = parallel.join(cfg.device, cfg.parallel), Path(cfg.out)
-    signals = listen_for_signals()
-    rows = parallel.rows_of(place, cfg.batch_size, cfg.grad_accum)
-    if state is None and (out / "latest").is_file():
-        raise UserError(f"{out} already holds a run: --init_from=resume goes on with it, "
-                         f"another --out starts anew")
+    out = Path(cfg.out)
+    signals = []                # Ctrl-C leaves a note; the loop reads it between steps
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: signals.append(received))
+    dist = distributed.init_distributed(cfg.device, cfg.parallel)
+    rows = distributed.micro_batches_of_rank(dist, cfg.batch_size, cfg.grad_accum)
 
     # data
-    tokenizer = tokenizers.load(cfg.data)
-    train_file, val_file = data.TokenFile(cfg.data, "train"), data.TokenFile(cfg.data, "val")
-    crops = data.Batches(train_file, cfg.seq_len, cfg.crops, cfg.seed)
+    tokenizer = load_tokenizer(cfg.data)
+    train_file = TokenFile(cfg.data, "train")
+    val_file = TokenFile(cfg.data, "val")
+    batches = Batches(train_file, cfg.seq_len, cfg.crops, cfg.seed)
+    task = load_task(cfg.eval_task)
 
     # model
-    if state is None and cfg.init_from == "scratch" and "--vocab_size" not in config.options_on_command_line():
+    vocab_is_free = "--vocab_size" not in config.options_on_command_line()
+    if state is None and cfg.init_from == "scratch" and vocab_is_free:
         model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
-    resumed = None if state is None else weights.find_checkpoint(cfg.out)
-    objective = build_objective(cfg, model_cfg, thought_cfg, tokenizer, resumed)
-    objective.model.recompute = cfg.recompute
+    resumed = checkpoint.find_checkpoint(cfg.out) if state else None
+    model = build_model(cfg, model_cfg, thought_cfg, tokenizer, resumed)
+    base = base_model(model)
+    base.recompute = cfg.recompute
     if cfg.compile:
-        objective.model.compile_blocks()
-    settings = asdict(cfg) | asdict(objective.model.config) | asdict(thought_cfg)
-    branch = (thought_cfg.thought_len + thought_cfg.n_true + 1) * (cfg.objective == "quiet")
-    if cfg.seq_len + branch > objective.model.config.max_seq_len:
-        raise UserError(f"--seq_len={cfg.seq_len} and {branch} for a thought and what it is graded "
-                         f"on exceed the context of {objective.model.config.max_seq_len}")
+        base.compile_blocks()
+    is_quiet = isinstance(model, QuietSTaR)
+    branch_len = thought_cfg.thought_len + thought_cfg.n_true + 1 if is_quiet else 0
+    if cfg.seq_len + branch_len > base.config.max_seq_len:
+        raise UserError(f"--seq_len={cfg.seq_len} and {branch_len} for a thought and its true "
+                        f"tokens exceed the context of {base.config.max_seq_len}")
+    settings = asdict(cfg) | asdict(base.config) | asdict(thought_cfg)
     step = state["step"] if state else 0
-    parallel.agree(facts(settings, step, tokenizer, objective), place)
+    facts = {"step": step, "tokenizer": tokenizer.sha256}
+    facts |= {f"--{name}": value for name, value in settings.items()}
+    distributed.check_same_on_all_ranks(facts, dist)
+    # sampling with gradients on is faster, where nothing runs a block twice
+    if is_quiet and not cfg.recompute and dist.strategy != "fsdp":
+        use_one_pass(model)
+    objective = model if is_quiet else PlainObjective(model)
     dtype = getattr(torch, cfg.dtype)
-    parallel_objective = parallel.spread(objective, place, dtype)
+    wrapped = distributed.parallelize(objective, dist, dtype)
 
     # optimizer
-    optimizer = build_optimizer(objective, cfg)
+    optimizer = build_optimizer(model, cfg)
 
     # resume
     if resumed:
-        checkpoint.load_optimizer(resumed, state, objective, optimizer, place)
-        if place.writes:
+        checkpoint.load_optimizer(resumed, state, model, optimizer, dist)
+        if dist.is_main:
             print(f"going on from {resumed}", flush=True)
-    log = Log(out, step, place.writes)
-    amp = torch.autocast(place.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    log = RunLog(out, step, dist.is_main)
+    saved_at = step if state else -1
+    autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     n_positions = math.ceil(cfg.think_share * (cfg.seq_len - 1))
-    saved_at, is_quiet = step if state else -1, isinstance(objective, QuietSTaR)
 
     # loop
     while True:
         # evaluate (all ranks compute, rank 0 writes)
         if cfg.eval_every and (step % cfg.eval_every == 0 or step >= cfg.steps):
-            with amp:
-                scores = parallel.gathered(objective, place, lambda: evaluation.held_out(
-                    objective, val_file, tokenizer, cfg.eval_texts, cfg.seq_len))
-            log.row(step, cfg.steps, {f"eval/{name}": scores[name] for name in scores}, always=True)
+            with autocast:
+                scores = distributed.unsharded(objective, dist, lambda: evaluate_held_out(
+                    model, val_file, tokenizer, cfg.eval_texts, cfg.seq_len, task))
+            values = {f"eval/{name}": value for name, value in scores.items()}
+            log.row(step, cfg.steps, values, always=True)
 
-        # save (each rank its share, rank 0 the rest)
-        asked = parallel.total(torch.tensor(len(signals), device=place.device))    # of any rank
-        stopping = asked > 0 or step >= cfg.steps
-        if step > saved_at and (stopping or (step and step % cfg.save_every == 0)):
-            checkpoint.save(out, step, objective, optimizer, settings, tokenizer, place)
+        # save (each rank its share, rank 0 the rest); a signal to any rank stops all
+        n_signals = torch.tensor(len(signals), device=dist.device)
+        stopped = int(distributed.all_reduce_sum(n_signals)) > 0
+        finished = stopped or step >= cfg.steps
+        if step > saved_at and (finished or (step and step % cfg.save_every == 0)):
+            checkpoint.save_run(out, step, model, optimizer, settings, tokenizer, dist)
             saved_at = step
-        if stopping:
+        if finished:
             break
 
-        # step
+        # step: the texts of this rank, their random numbers, and the denominators of all ranks
         started = time.perf_counter()
-        texts = [crops.batch(step, r) for r in rows]
-        draws = [thought_draws(cfg, thought_cfg, step, r) if is_quiet else {} for r in rows]
-        terms = sum(denominators(valid_BL, thought_cfg, n_positions) for _, valid_BL in texts)
-        terms = parallel.total(terms.to(place.device))
+        texts = [batches.batch(step, r) for r in rows]
+        counts = sum(denominators(valid_BL, thought_cfg, n_positions) for _, valid_BL in texts)
+        counts = distributed.all_reduce_sum(counts.to(dist.device))
+        lr = lr_at(step, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg) * group["scale"]
-        sums: dict[str, torch.Tensor] = {}
+            group["lr"] = lr * group["scale"]
+        sums = {}
         # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-        for i, ((ids_BL, valid_BL), draw) in enumerate(zip(texts, draws)):
-            last, draw = i == len(rows) - 1, {name: t.to(place.device) for name, t in draw.items()}
-            parallel.meet(parallel_objective, place, last)
-            with amp:
-                outcome = parallel_objective(ids_BL.to(place.device), valid_BL.to(place.device),
-                                             terms=terms, **draw)
-            (outcome.loss * place.world).backward()     # ddp and fsdp average over ranks; we sum
-            for name, value in outcome.metrics().items():
-                sums[name] = sums.get(name, 0) + value
-        norm = parallel.clip(objective, cfg.grad_clip)
-        sums["grad_norm"] = norm / place.world                  # the same on all ranks
-        values = {name: value.item() for name, value in zip(sums, parallel.total(torch.stack(
-            [value.double() for value in sums.values()])))}
-        check_finite(values, step, out)
+        for i, (ids_BL, valid_BL) in enumerate(texts):
+            inputs = thought_randoms(cfg, thought_cfg, step, rows[i]) if is_quiet else {}
+            inputs |= dict(ids_BL=ids_BL, valid_BL=valid_BL, counts=counts)
+            inputs = {name: tensor.to(dist.device) for name, tensor in inputs.items()}
+            # gradients are exchanged once a step, after the last micro-batch
+            distributed.set_gradient_sync(wrapped, dist, i == len(texts) - 1)
+            with autocast:
+                losses = wrapped(**inputs)
+            (losses.loss * dist.world_size).backward()  # ddp and fsdp average; a step is a sum
+            for name, value in losses.metrics().items():
+                sums[name] = sums.get(name, 0) + value.double()
+        norm = distributed.clip_gradients(objective, cfg.grad_clip)
+        sums["grad_norm"] = norm.double() / dist.world_size      # the same on all ranks
+        totals = distributed.all_reduce_sum(torch.stack(list(sums.values())))
+        values = dict(zip(sums, totals.tolist()))
+        check_finite(values["loss"], values["grad_norm"], step, out)
         optimizer.step()
         optimizer.zero_grad()
         # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
 
         # log (rank 0)
-        step, seconds = step + 1, time.perf_counter() - started
-        log.row(step, cfg.steps, {**values, "lr": lr_at(step - 1, cfg),
-                                  "tokens/s": cfg.batch_size * cfg.seq_len / seconds})
+        step += 1
+        seconds = time.perf_counter() - started
+        values |= {"lr": lr, "tokens/s": cfg.batch_size * cfg.seq_len / seconds}
+        log.row(step, cfg.steps, values)
 
-    # finish
-    del parallel_objective            # ddp's end, after the process group's, can wait for ever
-    parallel.leave()
-    if place.writes:
-        folder = weights.find_checkpoint(cfg.out)
-        print(f"stopped by a signal at step {step}: saved {folder}, go on with --init_from=resume"
-              if asked > 0 else f"done: {folder}", flush=True)
+    # finish; ddp's wrapper must die before the process group, or its end can wait for ever
+    del wrapped
+    distributed.cleanup()
+    if dist.is_main:
+        message = "done:"
+        if stopped:
+            message = f"stopped by a signal at step {step}: go on with --init_from=resume; saved"
+        print(message, checkpoint.find_checkpoint(cfg.out), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from formats import tensors as files
-from tasks import shell_game
+import checkpoint
 import train
-import weights
+from data import Batches
 
 MODEL = ("--dim=16", "--n_layers=1", "--n_heads=2", "--n_kv_heads=1", "--ffn_dim=32",
          "--max_seq_len=128")
 TOY = ("--thought_len=2", "--n_thoughts=2", "--n_true=2", "--policy_weight=1",
-       "--policy_temperature=1", "--marker_lr=1", "--batch_size=4", "--seq_len=12", "--lr=1e-2",
+       "--policy_temperature=1", "--marker_lr=1", "--batch_size=4", "--seq_len=12", "--lr=5e-3",
        "--warmup=2", "--eval_texts=8", "--steps=6", "--save_every=3", "--eval_every=3")
 
 
@@ -30,11 +29,11 @@ SHARES = "optimizer/shard-00001-model-00001-of-00001.safetensors"      # of one 
 def toy(game, out, *changes):
     """The options of a small run, from scratch unless `changes` say otherwise."""
     model = () if any("--init_from=/" in str(change) for change in changes) else MODEL
-    return (*model, *TOY, f"--data={game}/silent", f"--out={out}", *changes)
+    return (*model, *TOY, f"--data={game}/without_reasoning", f"--out={out}", *changes)
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    return weights.load(weights.find_checkpoint(str(run))).state_dict()
+    return checkpoint.load_model(checkpoint.find_checkpoint(run)).state_dict()
 
 
 def assert_same_weights(a: Path, b: Path):
@@ -139,7 +138,7 @@ def test_thoughts_depend_on_seed_step_and_row_alone():
     cfg = train.TrainConfig(out="x", data="x", seq_len=5)
     thought = train.ThoughtConfig(thought_len=2)
     def draws(step, rows):
-        return train.thought_draws(cfg, thought, step, rows)["uniform_BNPT"]
+        return train.thought_randoms(cfg, thought, step, rows)["uniform_BNPT"]
     whole = draws(7, range(4))
     assert torch.equal(torch.cat([draws(7, rows) for rows in ([0], [1, 2, 3])]), whole)
     assert not torch.equal(draws(8, range(4)), whole) and whole.shape == (4, 2, 4, 2)
@@ -147,7 +146,7 @@ def test_thoughts_depend_on_seed_step_and_row_alone():
 
 def test_a_share_of_the_positions_thinks_chosen_anew_at_every_step(call, game, tmp_path):
     cfg = train.TrainConfig(out="x", data="x", seq_len=11, think_share=0.25)
-    draws = train.thought_draws(cfg, train.ThoughtConfig(thought_len=2), 7, range(50))
+    draws = train.thought_randoms(cfg, train.ThoughtConfig(thought_len=2), 7, range(50))
     position_BP = draws["position_BP"]
     assert position_BP.shape == (50, 3) and (position_BP.diff(dim=1) > 0).all()
     assert set(position_BP.flatten().tolist()) == set(range(10))
@@ -202,16 +201,16 @@ def test_killed_at_random_moments_and_resumed_it_ends_in_the_same_weights(call, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_says_where_and_exits_cleanly(
         call, game, whole_run, tmp_path, monkeypatch, number):
-    out, crop = tmp_path / "run", train.data.Batches.batch
+    out, crop = tmp_path / "run", Batches.batch
 
     def interrupted(self, step, r):
         if step == 4:
             os.kill(os.getpid(), number)
         return crop(self, step, r)
-    monkeypatch.setattr(train.data.Batches, "batch", interrupted)
+    monkeypatch.setattr(Batches, "batch", interrupted)
     status, stdout, _ = call(train, *toy(game, out))
-    assert status == 0 and f"at step 5: saved {out}/step-000005" in stdout
-    monkeypatch.setattr(train.data.Batches, "batch", crop)
+    assert status == 0 and f"at step 5: go on with --init_from=resume; saved {out}/step-000005" in stdout
+    monkeypatch.setattr(Batches, "batch", crop)
     assert call(train, "--init_from=resume", f"--out={out}")[0] == 0
     assert_same_weights(out, whole_run)
 
@@ -255,13 +254,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
         call, game, tmp_path, monkeypatch):
     build = train.build_optimizer
 
-    def poisoned(objective, cfg):
-        optimizer = build(objective, cfg)
+    def poisoned(model, cfg):
+        optimizer = build(model, cfg)
 
         def poison(*_):
             if optimizer.state and next(iter(optimizer.state.values()))["step"] == 4:
                 with torch.no_grad():
-                    objective.start_thought.fill_(torch.nan)
+                    model.start_thought.fill_(torch.nan)
         optimizer.register_step_post_hook(poison)
         return optimizer
     monkeypatch.setattr(train, "build_optimizer", poisoned)
@@ -285,8 +284,8 @@ def test_only_the_last_two_checkpoints_are_kept(call, game, tmp_path):
 def test_checkpoints_are_a_runs_own_in_the_order_of_their_steps(tmp_path):
     for name in ("step-1000000", "step-999900", "step-000004-best", "step-000004"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in files.checkpoints(tmp_path)] == ["step-000004", "step-999900",
-                                                                  "step-1000000"]
+    (tmp_path / "latest").write_text("step-000007")                    # which is gone
+    assert checkpoint.find_checkpoint(tmp_path).name == "step-1000000"
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -297,15 +296,16 @@ def test_checkpoints_are_a_runs_own_in_the_order_of_their_steps(tmp_path):
     (["--thought_len=500"], "exceed the context of 128"),
     (["--save_every=0"], "--save_every=0 is below 1"),
     (["--grad_accum=0"], "--grad_accum=0 is below 1"),
-    (["--batch_size=5", "--grad_accum=2"], "--batch_size=5 does not divide into 1 ranks x --grad_accum=2"),
-    (["--objective=loud"], "--objective=loud is not one of quiet, plain"),
+    (["--batch_size=5", "--grad_accum=2"],
+     "--batch_size=5 does not divide into 1 ranks x --grad_accum=2"),
+    (["--objective=loud"], "--objective: 'loud' is not one of quiet, plain"),
     (["--init_from=nowhere"], "nowhere is missing"),
     (["--init_from=resume"], "nothing to resume"),
     (["--n_kv_heads=3"], "n_heads=2 is not a multiple of n_kv_heads=3"),
     (["--vocab_size=7"], "has 20 tokens, model embeds 7"),
     (["--think_share=0"], "--think_share=0.0 is not above 0 and at most 1"),
     (["--thought_len=-1"], "thought_len=-1 is below 0"),
-    (["--device=tpu"], "--device=tpu is not one of auto, cpu, cuda")])
+    (["--device=tpu"], "--device: 'tpu' is not one of auto, cpu, cuda")])
 def test_a_mistake_is_one_line_and_status_2(call, game, tmp_path, changes, words):
     status, _, stderr = call(train, *toy(game, tmp_path / "run", *changes))
     assert status == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1
@@ -314,27 +314,35 @@ def test_a_mistake_is_one_line_and_status_2(call, game, tmp_path, changes, words
 
 def test_a_checkpoint_brings_its_thoughts_settings_and_its_architecture(
         call, game, whole_run, tmp_path):
-    argv = (f"--init_from={whole_run}", f"--data={game}/silent", "--batch_size=2", "--seq_len=12",
+    argv = (f"--init_from={whole_run}", f"--data={game}/without_reasoning", "--batch_size=2", "--seq_len=12",
             "--steps=1")
     assert call(train, *argv, f"--out={tmp_path}/a", "--n_true=1")[0] == 0
-    thinking = weights.load(weights.find_checkpoint(str(tmp_path / "a"))).config
+    thinking = checkpoint.load_model(checkpoint.find_checkpoint(tmp_path / "a")).config
     assert (thinking.thought_len, thinking.policy_temperature, thinking.n_true) == (2, 1, 1)
     status, _, stderr = call(train, *argv, f"--out={tmp_path}/b", "--n_layers=3")
-    assert status == 2 and "--n_layers is the checkpoint's to say" in stderr
+    assert status == 2 and "--n_layers=3, but the checkpoint has 1: leave it out" in stderr
+
+
+def test_a_run_of_another_version_is_not_resumed_with_other_settings(call, whole_run, tmp_path):
+    """Options were renamed: ignored in silence, a batch of 4 would become one of 8."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    file = tmp_path / "run" / "step-000006" / "state.json"
+    file.write_text(file.read_text().replace('"batch_size"', '"batch"'))
+    status, _, stderr = call(train, "--init_from=resume", f"--out={tmp_path}/run")
+    assert status == 2 and "run of another version (--batch): start anew" in stderr
 
 
 def test_resuming_with_another_architecture_is_refused(call, whole_run):
     status, _, stderr = call(train, "--init_from=resume", f"--out={whole_run}", "--n_layers=2")
-    assert status == 2
-    assert "cannot resume: n_layers is 1" in stderr and "2 on the command line" in stderr
+    assert status == 2 and "--n_layers=2, but the checkpoint has 1: leave it out" in stderr
 
 
 def test_an_empty_corpus_and_a_token_outside_the_vocabulary_are_one_line(call, game, tmp_path):
-    copy = tmp_path / "silent"
-    shutil.copytree(game / "silent", copy)
+    copy = tmp_path / "without_reasoning"
+    shutil.copytree(game / "without_reasoning", copy)
     (copy / "train.bin").write_bytes(b"")
     assert call(train, *toy(game, tmp_path / "run", f"--data={copy}"))[0] == 2
-    ids = np.fromfile(game / "silent" / "train.bin", dtype=np.uint16)
+    ids = np.fromfile(game / "without_reasoning" / "train.bin", dtype=np.uint16)
     ids[:] = 999
     (copy / "train.bin").write_bytes(ids.tobytes())
     status, _, stderr = call(train, *toy(game, tmp_path / "run", f"--data={copy}"))

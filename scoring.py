@@ -1,0 +1,253 @@
+"""Score given text: the prediction at chosen positions, without a thought and after one.
+
+train.py, eval.py, tasks/qa.py and tasks/lm_eval_harness.py all predict here, in one of three ways:
+  own        one greedy thought (argmax) at each chosen position, and at no other
+  shuffled   the thought of another position of the batch: a control
+  none       the base model alone
+
+Shapes: those of thoughts.py, and R chosen positions of all texts of a batch.
+"""
+import importlib
+
+import numpy as np
+import torch
+
+from config import Progress, UserError
+from distributed import SINGLE, Distributed, all_reduce_sum
+from lm_head import CHUNK
+from model import CausalContext
+from thoughts import QuietSTaR, base_model, every_position, gather_ahead, logits_without_markers
+
+DATA_TASKS = ("shell_game",)              # files in tasks/ that say which tokens are answers
+# per scored token: nats, whether the likeliest token (or candidate) is the true one, the weight,
+# nats, ids [T], nats of the base at each temperature. Without thoughts mixed repeats base
+FIELDS = ("nll_base", "nll_mixed", "right_base", "right_mixed", "mixing_weight", "entropy_base",
+          "thought", "nll_at")
+
+
+def thinks(model, thoughts: str = "own") -> bool:
+    """Whether `model` makes any use of thoughts in this way of scoring."""
+    return thoughts != "none" and isinstance(model, QuietSTaR)
+
+
+def load_task(name: str):
+    """The module tasks/NAME.py, with its `answer_positions` and `candidates`; None for "none"."""
+    if name == "none":
+        return None
+    if name not in DATA_TASKS:
+        raise UserError(f"task '{name}' is not one of {', '.join(DATA_TASKS)}")
+    return importlib.import_module(f"tasks.{name}")
+
+
+def pad_ids(rows: list, device=None):
+    """Right-pad lists of ids with 0: ids_BL and length_B."""
+    lengths = [len(ids) for ids in rows]
+    shape = (len(rows), max(lengths))
+    ids_BL = torch.zeros(shape, dtype=torch.long, device=device)
+    for row, ids in enumerate(rows):
+        ids_BL[row, :len(ids)] = torch.as_tensor(ids)
+    return ids_BL, torch.tensor(lengths, device=device)
+
+
+def pack_positions(where_BL):
+    """Chosen positions of each text, [B, P], and which are real: short rows repeat their first."""
+    count_B1 = where_BL.sum(1, keepdim=True)
+    most = int(count_B1.max())
+    P = max(1, most)
+    chosen_first_BL = where_BL.int().argsort(dim=1, descending=True, stable=True)
+    position_BP = chosen_first_BL[:, :P]
+    real_BP = torch.arange(P, device=where_BL.device) < count_B1
+    return torch.where(real_BP, position_BP, position_BP[:, :1]), real_BP
+
+
+@torch.no_grad()
+def states_at(model, ids_BL, position_BP, real_BP, thoughts: str = "own"):
+    """The states from which the R real positions predict: base_RD, mixed_RD, mixing weight_R,
+    thought_RT. Where nobody thinks, mixed_RD is base_RD itself.
+    """
+    if not thinks(model, thoughts):
+        context = CausalContext(every_position(ids_BL, last=True))
+        hidden_BLD = base_model(model)(ids_BL, context)
+        base_BPD = gather_ahead(hidden_BLD, position_BP, 1)[:, :, 0]
+        base_RD = base_BPD[real_BP]
+        weight_R = torch.zeros_like(base_RD[:, 0])
+        thought_RT = base_RD[:, :0].long()
+        return base_RD, base_RD, weight_R, thought_RT
+    base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = model.predict(ids_BL, position_BP)
+    if thoughts == "shuffled":
+        # a cycle through a random order: every position gets the thought of another one
+        thought_RT = thought_BNPT[:, 0][real_BP]
+        generator = torch.Generator().manual_seed(0)
+        order_R = torch.randperm(len(thought_RT), generator=generator)
+        shuffled_RT = torch.empty_like(thought_RT)
+        shuffled_RT[order_R] = thought_RT[order_R.roll(1)]
+        thought_BNPT[:, 0][real_BP] = shuffled_RT
+        _, mixed_BNPD, weight_BNP, _ = model.predict(
+            ids_BL, position_BP, thought_BNPT=thought_BNPT)
+    base_RD = base_BPD[real_BP]
+    mixed_RD = mixed_BNPD[:, 0][real_BP]
+    weight_R = weight_BNP[:, 0][real_BP]
+    return base_RD, mixed_RD, weight_R, thought_BNPT[:, 0][real_BP]
+
+
+@torch.no_grad()
+def answer_logits(model, texts, thoughts: str = "own"):
+    """For each text (ids, start) of one batch: base and mixed logits_SV of its tokens from `start`
+    on, and the mixing weight_S. Without thoughts the mixed logits are the base's own tensor.
+    """
+    device = base_model(model).embed.weight.device
+    rows, starts = zip(*texts)
+    ids_BL, length_B = pad_ids(rows, device)
+    start_B = torch.tensor(starts, device=device)
+    # position j predicts token j + 1
+    next_BL = every_position(ids_BL, last=True) + 1
+    is_answer_BL = next_BL >= start_B[:, None]
+    is_text_BL = next_BL < length_B[:, None]
+    where_BL = is_answer_BL & is_text_BL
+    position_BP, real_BP = pack_positions(where_BL)
+    base_RD, mixed_RD, weight_R, _ = states_at(model, ids_BL, position_BP, real_BP, thoughts)
+    sizes = real_BP.sum(1).tolist()
+    bases = base_RD.split(sizes)
+    mixtures = mixed_RD.split(sizes)
+    weights = weight_R.split(sizes)
+    for base_SD, mixed_SD, weight_S in zip(bases, mixtures, weights):
+        base_SV = mixed_SV = logits_without_markers(model, base_SD)
+        if mixed_RD is not base_RD:
+            mixed_SV = logits_without_markers(model, mixed_SD)
+        yield base_SV, mixed_SV, weight_S
+
+
+@torch.no_grad()
+def score_targets(model, hidden_RD, target_R, candidates=None, temperatures=()):
+    """For each target token: its nll (nats), whether it is the argmax (of `candidates`, if given),
+    the entropy of the prediction (nats), and its nll at each of `temperatures`, [R, k].
+    """
+    found = []
+    for start in range(0, len(target_R), CHUNK):
+        rows = slice(start, start + CHUNK)
+        target_R1 = target_R[rows, None]
+        logits_RV = logits_without_markers(model, hidden_RD[rows])
+        logp_RV = logits_RV.log_softmax(-1)
+        nll_R = -logp_RV.gather(1, target_R1)[:, 0]
+        entropy_R = torch.special.entr(logp_RV.exp()).sum(-1)
+        # right: among the candidates, or in the whole vocabulary
+        best_R = logits_RV.argmax(-1)
+        if candidates is not None:
+            best_R = candidates[logits_RV[:, candidates].argmax(-1)]
+        right_R = best_R == target_R[rows]
+        # the nll after temperature scaling
+        logit_R = logits_RV.gather(1, target_R1)[:, 0]
+        nll_Rk = nll_R.new_empty(len(nll_R), len(temperatures))
+        for k, t in enumerate(temperatures):
+            scaled_RV = logits_RV / t
+            nll_Rk[:, k] = scaled_RV.logsumexp(-1) - logit_R / t
+        found.append((nll_R, right_R, entropy_R, nll_Rk))
+    return [torch.cat(parts) for parts in zip(*found)]
+
+
+def score_positions(model, ids_BL, where_BL, candidates=None, thoughts="own", temperatures=()):
+    """Score the tokens that follow the positions `where_BL`, text by text: tensors by FIELDS."""
+    position_BP, real_BP = pack_positions(where_BL)
+    target_R = ids_BL.gather(1, position_BP + 1)[real_BP]
+    base_RD, mixed_RD, weight_R, thought_RT = states_at(
+        model, ids_BL, position_BP, real_BP, thoughts)
+    nll_base, right_base, entropy_base, nll_at = score_targets(
+        model, base_RD, target_R, candidates, temperatures)
+    nll_mixed, right_mixed = nll_base, right_base
+    if mixed_RD is not base_RD:
+        nll_mixed, right_mixed, _, _ = score_targets(model, mixed_RD, target_R, candidates)
+    values = (
+        nll_base,
+        nll_mixed,
+        right_base, right_mixed,
+        weight_R, entropy_base,
+        thought_RT, nll_at)
+    return dict(zip(FIELDS, values, strict=True))
+
+
+def held_out_texts(token_file, n_texts: int, seq_len: int):
+    """The first documents of a split, cut at `seq_len` tokens: ids_BL, valid_BL."""
+    n = min(n_texts, token_file.n_docs)
+    docs = [token_file.document(i)[:seq_len] for i in range(n)]
+    if not docs:
+        raise UserError(f"{token_file.path} holds no document to evaluate on: raise --val_share")
+    ids_BL, length_B = pad_ids(docs)
+    column_L = torch.arange(ids_BL.shape[1])
+    return ids_BL, column_L < length_B[:, None]
+
+
+def score_texts(
+        model,
+        token_file,
+        tokenizer,
+        n_texts: int,
+        seq_len: int,
+        thoughts: str = "own",
+        batch_size: int = 64,
+        dist: Distributed = SINGLE,
+        show_progress: bool = True,
+        temperatures=(),
+        task=None) -> dict[str, np.ndarray]:
+    """Score held-out documents: every next token, or the answers of `task` alone.
+
+    Returns an array for each of FIELDS, and "text", the number of the text, with an entry for each
+    scored token, in the order of the texts. Texts of like length share a batch, the longest first;
+    the ranks share the batches.
+    """
+    device = base_model(model).embed.weight.device
+    ids_BL, valid_BL = held_out_texts(token_file, n_texts, seq_len)
+    where_BL = torch.zeros_like(valid_BL)
+    where_BL[:, :-1] = valid_BL[:, 1:]                # positions with a next token
+    candidates = None
+    if task:
+        where_BL &= task.answer_positions(ids_BL, tokenizer)
+        candidates = torch.tensor(task.candidates(tokenizer), device=device)
+    n_scored = int(where_BL.sum())
+    if not n_scored:
+        raise UserError(f"{token_file.path}: the first {n_texts} texts hold nothing to score")
+    # every rank fills its own rows of zeros; the sum over ranks is the result
+    thought_len = 0
+    if thinks(model, thoughts):
+        thought_len = model.config.thought_len
+    widths = {"thought": (thought_len,), "nll_at": (len(temperatures),)}
+    scores = {}
+    for name in FIELDS:
+        shape = n_scored, *widths.get(name, ())
+        scores[name] = torch.zeros(shape, dtype=torch.float64)
+    index_BL = torch.zeros_like(ids_BL)
+    index_BL[where_BL] = torch.arange(n_scored)       # row of each scored token
+    length_B = valid_BL.sum(1)
+    longest_first_B = length_B.argsort(descending=True, stable=True)
+    batches = [rows for rows in longest_first_B.split(batch_size) if where_BL[rows].any()]
+    progress = Progress(n_scored, "scoring tokens", show_progress and dist.is_main)
+    for rows in batches[dist.rank::dist.world_size]:
+        width = int(length_B[rows[0]])
+        ids_bL = ids_BL[rows, :width].to(device)
+        where_bL = where_BL[rows, :width].to(device)
+        part = score_positions(model, ids_bL, where_bL, candidates, thoughts, temperatures)
+        index_R = index_BL[rows][where_BL[rows]]
+        for name in FIELDS:
+            scores[name][index_R] = part[name].cpu().double()
+        progress(len(index_R) * dist.world_size)
+    arrays = {}
+    for name, value in scores.items():
+        if dist.world_size > 1:
+            value = all_reduce_sum(value.to(dist.device)).cpu()
+        arrays[name] = value.numpy()
+    arrays["thought"] = arrays["thought"].astype(int)
+    arrays["text"] = where_BL.nonzero()[:, 0].numpy()
+    return arrays
+
+
+def evaluate_held_out(model, token_file, tokenizer, n_texts: int, seq_len: int, task=None):
+    """Means over held-out text under their names in log.jsonl (behind "eval/")."""
+    scores = score_texts(
+        model, token_file, tokenizer, n_texts, seq_len, show_progress=False, task=task)
+    names = {"nll/base": "nll_base", "accuracy/base": "right_base"}
+    if isinstance(model, QuietSTaR):
+        names |= {"nll/mixed": "nll_mixed", "accuracy/mixed": "right_mixed",
+                  "mixing_weight": "mixing_weight"}
+    means = {}
+    for key, name in names.items():
+        means[key] = float(scores[name].mean())
+    return means

@@ -1,0 +1,131 @@
+"""Scoring: which tokens are scored, from which states, and that batches change nothing."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import config
+from data import TokenFile
+from scoring import pack_positions, pad_ids, score_positions, score_targets, score_texts
+from tasks import shell_game
+from tasks.bootstrap import TEMPERATURES, UNSCALED, temperature_scaled
+from tokenizer import load_tokenizer
+from toys import texts, tiny_mistral, tiny_quiet
+
+
+def score(model, ids_BL, where_BL, **options):
+    found = score_positions(model, ids_BL, where_BL, **options)
+    return SimpleNamespace(**{name: value.numpy() for name, value in found.items()})
+
+
+def some_positions():
+    where_BL = torch.zeros(3, 8, dtype=torch.bool)
+    where_BL[0, [1, 4]], where_BL[1, [0, 2, 6]], where_BL[2, 3] = True, True, True
+    return where_BL
+
+
+def test_thinking_at_scored_positions_only_equals_thinking_everywhere_there():
+    quiet, ids_BL, where_BL = tiny_quiet(n_thoughts=1), texts(3, 8), some_positions()
+    scores = score(quiet, ids_BL, where_BL)
+    base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = quiet.predict(ids_BL)
+    for hidden_BLD, nll, right in ((base_BPD, scores.nll_base, scores.right_base),
+                                   (mixed_BNPD[:, 0], scores.nll_mixed, scores.right_mixed)):
+        logp_BLV = quiet.model.head(hidden_BLD).log_softmax(-1)
+        expected = [-logp_BLV[b, j, ids_BL[b, j + 1]].item()
+                    for b, j in where_BL.nonzero().tolist()]
+        np.testing.assert_allclose(nll, expected, rtol=1e-4, atol=1e-5)
+        best = [logp_BLV[b, j].argmax() == ids_BL[b, j + 1] for b, j in where_BL.nonzero().tolist()]
+        assert right.tolist() == best
+    np.testing.assert_allclose(scores.mixing_weight, weight_BNP[:, 0][where_BL].detach(),
+                               rtol=1e-4, atol=1e-5)
+    assert scores.thought.tolist() == thought_BNPT[:, 0][where_BL].tolist()
+
+
+def test_positions_are_packed_in_order_and_shorter_rows_repeat_a_real_one():
+    position_BP, real_BP = pack_positions(some_positions())
+    assert position_BP.tolist() == [[1, 4, 1], [0, 2, 6], [3, 3, 3]]
+    assert real_BP.sum(1).tolist() == [2, 3, 1]
+
+
+def test_shuffled_thoughts_are_the_same_thoughts_at_other_positions():
+    quiet, ids_BL, where_BL = tiny_quiet(n_thoughts=1), texts(3, 8), some_positions()
+    own, shuffled = (score(quiet, ids_BL, where_BL, thoughts=t)
+                    for t in ("own", "shuffled"))
+    assert sorted(own.thought.tolist()) == sorted(shuffled.thought.tolist())
+    assert (own.thought != shuffled.thought).any(-1).sum() >= 4
+    np.testing.assert_allclose(own.nll_base, shuffled.nll_base, rtol=1e-5)
+    assert not np.allclose(own.nll_mixed, shuffled.nll_mixed)
+
+
+def test_a_model_without_thoughts_is_scored_by_its_base():
+    quiet, ids_BL, where_BL = tiny_quiet(), texts(3, 8), some_positions()
+    alone = score(quiet.model, ids_BL, where_BL)
+    thinking = score(quiet, ids_BL, where_BL)
+    np.testing.assert_allclose(alone.nll_base, thinking.nll_base, rtol=1e-5)
+    assert np.array_equal(alone.nll_mixed, alone.nll_base) and alone.thought.shape == (6, 0)
+
+
+def test_a_choice_is_the_best_of_the_choices_and_its_nll_is_among_all_tokens():
+    model, choices = tiny_mistral(vocab_size=4, dim=4, head_dim=4), [1, 2]
+    model.head.weight.data = torch.eye(4)
+    nll, right, *_ = score_targets(model, torch.tensor([[9.0, 3.0, 1.0, 0.0]]),
+                                      torch.tensor([1]), torch.tensor(choices))
+    assert right.tolist() == [True]
+    assert nll[0] == pytest.approx(-torch.tensor([9.0, 3, 1, 0]).log_softmax(0)[1].item())
+
+
+def test_batches_of_texts_change_nothing(game):
+    tokenizer, held_out = load_tokenizer(game), TokenFile(game / "with_reasoning", "val")
+    quiet = tiny_quiet(model=dict(vocab_size=tokenizer.vocab_size))
+    a, b = (score_texts(quiet, held_out, tokenizer, 30, 40, batch_size=batch)
+            for batch in (1, 64))
+    assert a["text"].tolist() == b["text"].tolist()
+    np.testing.assert_allclose(a["nll_mixed"], b["nll_mixed"], rtol=1e-4)
+
+
+def test_in_the_shell_game_hidden_answers_are_scored_among_the_cups(game):
+    tokenizer, held_out = load_tokenizer(game), TokenFile(game / "without_reasoning", "val")
+    model = tiny_mistral(vocab_size=tokenizer.vocab_size)
+    scores = score_texts(model, held_out, tokenizer, 50, 40, task=shell_game)
+    assert scores["text"].tolist() == list(range(50))                     # one answer in each line
+    with torch.no_grad():                                # cup c always best of the cups, "." of all
+        model.head.weight.zero_()
+        model.norm.weight.zero_()
+    scores = score_texts(model, held_out, tokenizer, 50, 40, task=shell_game)
+    assert scores["nll_base"] == pytest.approx(np.log(tokenizer.vocab_size))
+    first = tokenizer.encode(shell_game.CUPS[0])[0]                    # ties go to the first choice
+    answers = [held_out.document(i)[-2] for i in range(50)]
+    assert scores["right_base"].tolist() == [answer == first for answer in answers]
+
+
+def test_the_scaled_base_has_the_temperature_that_suits_the_other_half_of_the_texts():
+    """Logits that are twice too flat: the temperature found is one half, on either half."""
+    rng = np.random.default_rng(0)
+    logits_RV = torch.tensor(rng.normal(size=(4000, 5)) * 2)
+    target_R = torch.multinomial(logits_RV.softmax(-1), 1,
+                                 generator=torch.Generator().manual_seed(0))[:, 0]
+    model = tiny_mistral(vocab_size=5, dim=8)
+    model.head.weight.data = torch.eye(5, 8)
+    hidden_RD = torch.nn.functional.pad(logits_RV.float() / 2, (0, 3))
+    nll, _, entropy, nll_at = score_targets(model, hidden_RD, target_R, None,
+                                               TEMPERATURES)
+    np.testing.assert_allclose(nll_at[:, UNSCALED], nll, rtol=1e-4, atol=1e-5)
+    p_RV = (logits_RV / 2).softmax(-1)
+    np.testing.assert_allclose(entropy, -(p_RV * p_RV.log()).sum(-1), rtol=1e-4)
+    nll, nll_at = nll.numpy(), nll_at.numpy()
+    value, fitted = temperature_scaled(nll_at, np.arange(4000), least=True)
+    assert fitted == [0.5, 0.5] and value.mean() < nll.mean() - 0.05
+    spoilt = nll_at.copy()
+    spoilt[::2, 0] = -100                                     # what is scored decides nothing
+    value, fitted = temperature_scaled(spoilt, np.arange(4000), least=True)
+    assert fitted[0] == 0.5 and np.array_equal(value[::2], nll_at[::2, UNSCALED - 4])
+
+
+def test_progress_tells_the_time_that_is_left(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(config.time, "monotonic", lambda: clock[0])
+    progress = config.Progress(40, "asking")
+    for clock[0] in (20.0, 31.0, 40.0):
+        progress(10)
+    assert capsys.readouterr().err == "asking: 50% in 31 s, 31 s left\n"     # on no screen
