@@ -1,4 +1,4 @@
-"""What every script needs: options from dataclasses, errors for users, files written whole.
+"""Shared by every script: options from dataclasses, errors for users, files written whole.
 
     game, train = parse(GameConfig, TrainConfig)          # --steps=300, --steps 300, --help
 
@@ -18,9 +18,8 @@ import re
 import shutil
 import sys
 import time
-import types
 import typing
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -28,12 +27,9 @@ class UserError(ValueError):
     """A mistake of the user's, or a damaged file. The message names the value and the remedy."""
 
 
-# ------------------------------------------------------------------------------- the command line
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        message = message.replace("argument ", "", 1)
-        raise UserError(f"{message} (see --help)")
+        raise UserError(message.replace("argument ", "", 1) + " (see --help)")
 
 
 def parse(*dataclasses_, argv: list[str] | None = None, defaults: dict | None = None) -> tuple:
@@ -42,26 +38,29 @@ def parse(*dataclasses_, argv: list[str] | None = None, defaults: dict | None = 
     `defaults`, by field name, replace the dataclasses' own. Raises UserError for an unknown option,
     a value of the wrong type, or a combination that a dataclass refuses.
     """
-    caller = sys.modules["__main__"].__doc__ or ""
-    parser = _Parser(description=caller.strip().split("\n")[0], allow_abbrev=False)
+    description = sys.modules["__main__"].__doc__ or ""
+    parser = _Parser(description=description.strip().split("\n")[0], allow_abbrev=False)
+    names = []
     for cls in dataclasses_:
         group = parser.add_argument_group(cls.__name__)
-        comments = _comments(cls)
+        source = inspect.getsource(cls)                      # each field's comment is its help
+        comments = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, flags=re.MULTILINE))
         for field in dataclasses.fields(cls):
-            options = _argument(field, comments.get(field.name, ""))
-            group.add_argument(f"--{field.name}", **options)
+            names.append(f"--{field.name}")
+            group.add_argument(names[-1], **_argument(field, comments.get(field.name, "")))
     parser.set_defaults(**(defaults or {}))
-    words = [_underscored(word) for word in _words(argv)]
-    values, unknown = parser.parse_known_args(words)
+    words = sys.argv[1:] if argv is None else argv
+    values, unknown = parser.parse_known_args([_underscored(word) for word in words])
     if unknown:
-        names = [f"--{field.name}" for cls in dataclasses_ for field in dataclasses.fields(cls)]
-        raise UserError(f"unknown option {unknown[0]}{_hint(unknown[0], names)}")
-    return tuple(_filled(cls, values) for cls in dataclasses_)
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], names, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else " (see --help)"
+        raise UserError(f"unknown option {unknown[0]}{hint}")
+    return tuple(_filled(cls, vars(values)) for cls in dataclasses_)
 
 
-def options_on_command_line(argv: list[str] | None = None) -> set[str]:
+def options_on_command_line() -> set[str]:
     """Return the names of the options, "--steps", that the command line spells out."""
-    return {_underscored(word).partition("=")[0] for word in _words(argv)}
+    return {_underscored(word).partition("=")[0] for word in sys.argv[1:]}
 
 
 def check_at_least(settings, **least) -> None:
@@ -89,18 +88,8 @@ def printable(text: str, keep: str = "") -> str:
     return re.sub("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", escape, text)
 
 
-def _words(argv: list[str] | None) -> list[str]:
-    return sys.argv[1:] if argv is None else argv
-
-
-def _hint(word: str, names: list[str]) -> str:
-    nearest = difflib.get_close_matches(word.split("=")[0], names, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]}?" if nearest else " (see --help)"
-
-
-def _filled(cls, values):
-    names = [field.name for field in dataclasses.fields(cls)]
-    return cls(**{name: getattr(values, name) for name in names})
+def _filled(cls, values: dict):
+    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
 def _underscored(word: str) -> str:
@@ -114,26 +103,22 @@ def _underscored(word: str) -> str:
 def _argument(field, comment: str) -> dict:
     """Describe one field to argparse."""
     kind, default = field.type, field.default
-    if isinstance(kind, types.UnionType):                    # int | None: if absent, None
-        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    parts = typing.get_args(kind)                            # int | None: read as int if given
     shown = "" if default in ("", (), None) else f" (default: {default})"
     help_text = (comment + shown).replace("%", "%%").strip()
     common = dict(default=default, help=help_text)
     if kind is bool:
-        return dict(common, type=_boolean, nargs="?", const=True, metavar="BOOL")
+        return dict(common, type=true_or_false, nargs="?", const=True, metavar="BOOL")
     if typing.get_origin(kind) is typing.Literal:
-        choices = typing.get_args(kind)
-        return dict(common, type=_one_of(choices), metavar="|".join(choices))
+        return dict(common, type=_one_of(parts), metavar="|".join(parts))
     if typing.get_origin(kind) is tuple:
-        kind = _tuple_of(typing.get_args(kind)[0])
-    name = getattr(kind, "__name__", "value").strip("_").upper()
-    return dict(common, type=kind, metavar=name)
+        return dict(common, type=_tuple_of(parts[0]), metavar="VALUES")
+    kind = parts[0] if parts else kind
+    return dict(common, type=kind, metavar=kind.__name__.upper())
 
 
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
-    return text.lower() == "true"
+def true_or_false(text: str) -> bool:
+    return ("false", "true").index(text.lower()) == 1
 
 
 def _one_of(choices: tuple[str, ...]):
@@ -145,25 +130,10 @@ def _one_of(choices: tuple[str, ...]):
 
 
 def _tuple_of(kind):
-    def values(text: str):
-        try:
-            return tuple(kind(part) for part in text.split(",") if part)
-        except ValueError:
-            message = f"expected {kind.__name__}s separated by commas, got '{text}'"
-            raise argparse.ArgumentTypeError(message) from None
-    return values
+    def comma_separated(text: str):
+        return tuple(kind(part) for part in text.split(",") if part)
+    return comma_separated
 
-
-def _comments(cls) -> dict[str, str]:
-    """Return the comment behind each field of a dataclass, by field name."""
-    try:
-        source = inspect.getsource(cls)
-    except OSError:                                          # defined in an interactive session
-        return {}
-    return dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, flags=re.MULTILINE))
-
-
-# ------------------------------------------------------------------------------------------- files
 
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 file. Raises UserError if it is absent or not UTF-8."""
@@ -201,7 +171,8 @@ def atomic_write(path: str | Path):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):                              # gone, if all went well
+            temporary.unlink()
 
 
 def rename_folder(draft: Path, folder: Path) -> None:
@@ -221,8 +192,6 @@ def fsync(path: Path) -> None:
     finally:
         os.close(descriptor)
 
-
-# ---------------------------------------------------------------------------------------- progress
 
 class Progress:
     """Share done and time left on stderr: each second on a screen, twice a minute elsewhere."""

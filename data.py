@@ -1,189 +1,206 @@
-"""Text to token files, and token files to batches.
+"""Text to token files, and token files to batches; it also trains a tokenizer.
 
-    python data.py --input=a.jsonl.gz,b.txt --field=text --tokenizer=tokenizer.model --out=data/NAME
+    python data.py --train_tokenizer=tokenizer.model --vocab_size=1024 --input=a.jsonl,b.txt
+    python data.py --input=a.jsonl,b.txt --tokenizer=tokenizer.model --out=data/NAME
 
 A folder of tokens holds train.bin and val.bin (uint16 or uint32, documents end to end), their
 .idx.npy (where each document begins, then the end), the tokenizer, and meta.json, written last.
 
-Left out on purpose: downloads, packing, epochs (crops are drawn at random, as nanoGPT does), loader
-processes (a batch takes a millisecond), and tokenizing in parallel.
-
-Read next: shell_game.py, text made for thinking
+Left out on purpose: downloads, packing, epochs, loader processes and tokenizing in parallel.
 """
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import torch
 
-import config
-from config import UserError
-from formats.tensors import published
-from tokenizer import load
+from config import UserError, atomic_write, parse, read_json, run
+from tokenizer import load_tokenizer
+
+# Random numbers come from generators keyed by (seed, purpose, ...), so there is no state to save.
+# Windows of text and thoughts add (step, row), generated text adds the row, weights add nothing.
+RNG_BATCHES, RNG_THOUGHTS, RNG_WEIGHTS, RNG_SAMPLING = 1, 2, 3, 4
 
 
-def read_texts(path: str, fields: tuple[str, ...]) -> Iterator[str]:
-    """The documents of a file: all of a .txt, else `fields` of each row joined by newlines."""
-    fields = ("text",) if path.endswith(".txt") else fields
-    for number, row in read_rows(path):
-        has = [name for name in row if isinstance(row[name], str)] if isinstance(row, dict) else []
-        missing = [field for field in fields if field not in has]
-        if missing:
-            raise UserError(f"{path}:{number}: no field '{missing[0]}' (it has {', '.join(has)})")
-        text = "\n".join(row[field] for field in fields)
-        yield text.encode(errors="replace").decode()           # JSON can hold half a surrogate
+def seed_of(*key: int) -> int:
+    """Return a seed for torch.Generator, which takes one number, from a key of several."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-def read_rows(path: str) -> Iterator[tuple[int, dict]]:
-    """Line number, from 1, and row; ValueError, one line, for a file that is damaged."""
-    line = 1
+def read_texts(paths, fields):
+    """Yield the documents of files: all of a .txt, else `fields` of each row with newlines."""
+    for path in paths:
+        names = ["text"] if path.endswith(".txt") else fields
+        for number, row in read_rows(path):
+            try:
+                text = "\n".join(row[name] for name in names)
+            except (KeyError, TypeError):
+                raise UserError(f"{path}:{number}: --field={','.join(names)} does not name texts "
+                                f"of {str(row)[:99]}") from None
+            yield text.encode(errors="replace").decode()       # JSON can hold half a surrogate
+
+
+def read_rows(path):
+    """Yield line number, from 1, and row. Raises UserError, with the line, for a damaged file."""
+    opener = gzip.open if path.endswith(".gz") else open
+    line = 0
     try:
-        if path.endswith(".txt"):
-            yield line, {"text": Path(path).read_text(encoding="utf-8")}
-            return
-        if path.endswith(".parquet"):
-            from pyarrow.parquet import ParquetFile
-            batches = ParquetFile(path).iter_batches(batch_size=1024)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-            return
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            for line, text in enumerate(file, start=1):
-                yield line, json.loads(text)
+        with opener(path, "rb") as file:
+            rows = map(json.loads, file)
+            if path.endswith(".txt"):
+                rows = [{"text": io.TextIOWrapper(file, "utf-8").read()}]
+            elif path.endswith(".parquet"):
+                from pyarrow.parquet import ParquetFile
+                batches = ParquetFile(file).iter_batches(batch_size=1024)
+                rows = (row for batch in batches for row in batch.to_pylist())
+            for line, row in enumerate(rows, start=1):
+                yield line, row
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}:{line}: {error}: download it again") from None
-    except ValueError as error:
-        raise UserError(f"{path}:{line}: not UTF-8 text, JSON lines or parquet: {error}") from None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}:{line + 1}: damaged or absent ({error}): replace it") from None
 
 
-def prepare(texts: Iterable[str], tokenizer, out: str | Path, val_share: float, sources: list[str],
-            split_key: Callable[[str], str] = lambda text: text) -> dict:
-    """Write documents as bos + tokens + eos, as far as the tokenizer has them; return the meta.
+def train_tokenizer(texts, vocab_size):
+    """Return a sentencepiece model, as bytes, trained as Mistral's was; it is deterministic."""
+    lines = (line for text in texts for line in text.split("\n"))
+    content = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=content, vocab_size=vocab_size, num_threads=1,
+            model_type="bpe", byte_fallback=True, split_digits=True, character_coverage=0.98,
+            normalization_rule_name="identity", remove_extra_whitespaces=False,
+            max_sentence_length=2**24, minloglevel=2)
+    except RuntimeError as error:
+        raise UserError(f"cannot make {vocab_size} tokens of this text: give more of it, or "
+                        f"another --vocab_size ({error})") from None
+    return content.getvalue()
 
-    A hash of a document's `split_key` puts it into train or val, so the same document is never in
-    both. Raises ValueError for an id outside the vocabulary: in uint16 it would wrap silently.
-    """
-    out, vocab_size, bos, eos = Path(out), tokenizer.vocab_size, tokenizer.bos, tokenizer.eos
-    dtype = np.dtype("uint16" if vocab_size <= 2**16 else "uint32")
-    ends = dict(train=array("Q", [0]), val=array("Q", [0]))     # all that memory holds
-    with published(out / "train.bin") as train, published(out / "val.bin") as val:
-        files = dict(train=train, val=val)
-        for number, text in enumerate(filter(str.strip, texts), start=1):
-            ids = tokenizer.encode(text, bos=bos is not None) + [eos] * (eos is not None)
-            if max(ids, default=0) >= vocab_size:
-                where = f"document {number}: token id {max(ids)} at position {ids.index(max(ids))}"
-                raise UserError(f"{where} >= vocab_size {vocab_size}: the tokenizer is broken")
+
+def prepare(texts, tokenizer, out, val_share, sources, split_key=str):
+    """Write documents as bos + tokens + eos, where the tokenizer has these; return the meta."""
+    out = Path(out)
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
+    lengths = {"train": array("Q"), "val": array("Q")}          # all that memory holds
+    with (atomic_write(out / "train.bin") as train, atomic_write(out / "val.bin") as val,
+          open(train, "wb") as train_file, open(val, "wb") as val_file):
+        for text in filter(str.strip, texts):
+            ids = tokenizer.encode(text, bos=True) + end
+            # a hash chooses the split, so no text is ever in both
             hashed = int(hashlib.sha256(split_key(text).encode()).hexdigest(), 16) / 2**256
-            split = "val" if hashed < val_share else "train"
-            files[split].write(np.array(ids, dtype).tobytes())
-            ends[split].append(ends[split][-1] + len(ids))
-        (out / "meta.json").unlink(missing_ok=True)             # what it describes is about to go
-    for split in ends:
-        with published(out / f"{split}.idx.npy") as file:
-            np.save(file, np.array(ends[split], np.uint64))
+            split, file = ("val", val_file) if hashed < val_share else ("train", train_file)
+            file.write(np.array(ids, dtype))
+            lengths[split].append(len(ids))
+        (out / "meta.json").unlink(missing_ok=True)             # the files it describes go now
+    for split, of_split in lengths.items():
+        with atomic_write(out / f"{split}.idx.npy") as path, open(path, "wb") as file:
+            np.save(file, np.cumsum([0, *of_split], dtype=np.uint64))
     tokenizer.copy_to(out)
-    meta = dict(dtype=dtype.name, vocab_size=vocab_size, bos=bos, eos=eos, sources=sources,
-                tokenizer=Path(tokenizer.path).name, tokenizer_sha256=tokenizer.sha256,
-                n_tokens={split: ends[split][-1] for split in ends},
-                n_docs={split: len(ends[split]) - 1 for split in ends})
-    with published(out / "meta.json") as file:
-        file.write(json.dumps(meta, indent=2).encode())
+    meta = dict(dtype=dtype, vocab_size=tokenizer.vocab_size, bos=tokenizer.bos,
+                eos=tokenizer.eos, tokenizer_sha256=tokenizer.sha256, sources=sources,
+                n_tokens={split: sum(lengths[split]) for split in lengths},
+                n_docs={split: len(lengths[split]) for split in lengths})
+    with atomic_write(out / "meta.json") as path:
+        path.write_text(json.dumps(meta, indent=2))
     return meta
 
 
 class TokenFile:
     """One split of a folder that `prepare` wrote: .meta, .n_tokens, .n_docs, .offsets."""
-    def __init__(self, folder: str | Path, split: str):
-        names = ("meta.json", f"{split}.idx.npy", f"{split}.bin")
-        meta, index, self.path = (Path(folder, name) for name in names)
-        for path in (meta, index, self.path):
-            if not path.exists():
-                raise UserError(f"{path} is missing: prepare the data first (data.py)")
-        self.meta, self.offsets = json.loads(meta.read_text()), np.load(index, mmap_mode="r")
-        self.n_tokens, self.n_docs = (self.meta[key][split] for key in ("n_tokens", "n_docs"))
-        self.dtype, size = np.dtype(self.meta["dtype"]), self.path.stat().st_size
-        if size == 0:
-            raise UserError(f"{self.path} is empty: prepare more text, or a larger --val_share")
-        if size != self.n_tokens * self.dtype.itemsize or self.offsets[-1] != self.n_tokens:
-            raise UserError(f"{self.path} is {size} bytes, its index ends at {self.offsets[-1]}; "
-                             f"{meta} says {self.n_tokens} tokens of {self.dtype.itemsize} bytes: "
-                             "copy or prepare them again")
+    def __init__(self, folder, split):
+        self.path = Path(folder, f"{split}.bin")
+        try:
+            self.meta = read_json(Path(folder, "meta.json"))
+            self.n_tokens = self.meta["n_tokens"][split]
+            self.dtype = np.dtype(self.meta["dtype"])
+            self.offsets = np.load(Path(folder, f"{split}.idx.npy"), mmap_mode="r")
+            stored = self.path.stat().st_size / self.dtype.itemsize
+            if not 0 < stored == self.offsets[-1] == self.n_tokens:
+                raise UserError(f"{self.path} has {stored} tokens, its index {self.offsets[-1]}, "
+                                f"meta.json {self.n_tokens}")
+        except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
+            raise UserError(f"{folder} holds no whole {split} split ({error}): prepare it again "
+                            "(data.py), if it is empty with another --val_share") from None
+        self.n_docs = len(self.offsets) - 1
 
-    def document(self, i: int) -> np.ndarray:
+    def document(self, i):
+        """Return the tokens of document i."""
         return self.read(*self.offsets[i:i + 2].tolist())
 
-    def read(self, start: int, end: int) -> np.ndarray:
-        """Tokens start .. end - 1, int64. Raises ValueError for one outside the vocabulary."""
-        # Mapped anew each time: a mapping that lasts keeps every page it touched in memory.
-        ids = np.memmap(self.path, self.dtype, "r")[start:end].astype(np.int64)
+    def read(self, start, end):
+        """Return tokens start to end - 1, int64. Raises UserError for an id of no token."""
+        offset = start * self.dtype.itemsize
+        ids = np.fromfile(self.path, self.dtype, end - start, offset=offset).astype(np.int64)
         if ids.max(initial=0) >= self.meta["vocab_size"]:
-            where = f"{self.path}: token id {ids.max()} at position {start + ids.argmax()}"
-            raise UserError(f"{where} >= vocab_size {self.meta['vocab_size']}: wrong tokenizer")
+            raise UserError(f"{self.path}: token id {ids.max()} at position {start + ids.argmax()} "
+                            f">= vocab_size {self.meta['vocab_size']}: prepare the data again")
         return ids
 
 
 class Batches:
-    """Random crops of `length` tokens. Stateless: row r of step s depends on (seed, s, r) alone.
+    """Random windows of `seq_len` tokens. Row r of step s depends on (seed, s, r) alone.
 
-    So any number of ranks or micro-batches, each asking for its own rows, sees the same data, and
-    resuming needs nothing but the step. Two manners:
-      document  a random document; a random window of it if it is longer, else right-padded (with
-                eos or 0, `valid` False): the official code's, which draws each window only once
-      stream    a random window of all the documents end to end: nanoGPT's
+    So any number of ranks and micro-batches sees the same text, and resuming needs only the step.
+    Mode "document" (official code) draws a document, and a window of it if it is longer; a shorter
+    one is padded on the right (eos or 0, `valid` False). "stream" (nanoGPT): a window of them all.
     """
-    PURPOSE = 1                       # keeps these draws apart from others of the same seed
+    def __init__(self, token_file: TokenFile, seq_len, mode="stream", seed=0):
+        if mode == "stream" and token_file.n_tokens < seq_len:
+            raise UserError(f"{token_file.path} has {token_file.n_tokens} tokens, one window needs "
+                            f"{seq_len}: prepare more text, or take a shorter --seq_len")
+        self.token_file, self.seq_len = token_file, seq_len
+        self.mode, self.seed = mode, seed
 
-    def __init__(self, token_file: TokenFile, length: int, manner: str = "stream", seed: int = 0):
-        if manner not in ("document", "stream"):
-            raise UserError(f"manner '{manner}' is neither 'document' nor 'stream'")
-        if manner == "stream" and token_file.n_tokens < length:
-            raise UserError(f"{token_file.path} has {token_file.n_tokens} tokens, one crop needs "
-                             f"{length}: prepare more text, or take shorter crops")
-        self.token_file, self.length, self.manner, self.seed = token_file, length, manner, seed
-
-    def batch(self, step: int, rows: Iterable[int]):
-        """ids_BL int64 and valid_BL bool, one row for each of `rows`."""
-        crops = [self._crop(step, row) for row in rows]
-        ids_BL = torch.full((len(crops), self.length), self.token_file.meta["eos"] or 0)
-        valid_BL = torch.zeros(ids_BL.shape, dtype=torch.bool)
-        for b, crop in enumerate(crops):
-            ids_BL[b, :len(crop)], valid_BL[b, :len(crop)] = torch.from_numpy(crop), True
+    def batch(self, step, rows):
+        """Return ids_BL int64 and valid_BL bool, a row for each of `rows`, numbers."""
+        file = self.token_file
+        ids_BL = torch.full((len(rows), self.seq_len), file.meta["eos"] or 0)
+        valid_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
+        bounds = file.offsets if self.mode == "document" else [0, file.n_tokens]
+        for b, row in enumerate(rows):
+            rng = np.random.default_rng([self.seed, RNG_BATCHES, step, row])
+            i = rng.integers(len(bounds) - 1)          # draws nothing if there is but one
+            start, end = map(int, bounds[i:i + 2])
+            start = int(rng.integers(start, max(start, end - self.seq_len) + 1))
+            ids = file.read(start, min(start + self.seq_len, end))
+            ids_BL[b, :len(ids)] = torch.from_numpy(ids)
+            valid_BL[b, :len(ids)] = True
         return ids_BL, valid_BL
-
-    def _crop(self, step: int, row: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, self.PURPOSE, step, row])
-        start, end = 0, self.token_file.n_tokens
-        if self.manner == "document":
-            i = rng.integers(self.token_file.n_docs)
-            start, end = self.token_file.offsets[i:i + 2].tolist()
-        start = int(rng.integers(start, max(start, end - self.length) + 1))
-        return self.token_file.read(start, min(start + self.length, end))
 
 
 @dataclass(frozen=True)
 class DataConfig:
     input: tuple[str, ...] = ()       # .txt, .jsonl, .jsonl.gz, .json.gz or .parquet files
-    field: tuple[str, ...] = ("text",)  # of each row, joined by newlines
-    tokenizer: str = ""               # file, or folder that holds one
-    out: str = ""                     # folder to write
-    val_share: float = 0.01           # of the documents, held out
+    field: tuple[str, ...] = ("text",)  # fields of a row, joined by newlines
+    tokenizer: str = ""               # tokenizer file, or a folder that holds one
+    out: str = ""                     # folder to write token files to
+    val_share: float = 0.01           # share of the documents that is held out
+    train_tokenizer: str = ""         # train a tokenizer instead, and write it to this file
+    vocab_size: int = 1024            # tokens of the new tokenizer; 259 are bytes and specials
 
 
 def main():
-    (cfg,) = config.parse(DataConfig)
-    if not (cfg.input and cfg.tokenizer and cfg.out):
-        raise UserError("needs --input=FILE, --tokenizer=FILE and --out=FOLDER")
-    texts = (text for path in cfg.input for text in read_texts(path, cfg.field))
-    meta = prepare(texts, load(cfg.tokenizer), cfg.out, cfg.val_share, list(cfg.input))
-    print(f"{cfg.out}: {meta['n_docs']} documents, {meta['n_tokens']} tokens ({meta['dtype']})")
+    (cfg,) = parse(DataConfig)
+    given = {bool(cfg.tokenizer), bool(cfg.out), not cfg.train_tokenizer}
+    if not cfg.input or len(given) > 1:
+        raise UserError("needs --input, and --tokenizer with --out, or --train_tokenizer alone")
+    texts = read_texts(cfg.input, cfg.field)
+    if cfg.train_tokenizer:
+        with atomic_write(cfg.train_tokenizer) as path:
+            path.write_bytes(train_tokenizer(texts, cfg.vocab_size))
+        print(f"{cfg.train_tokenizer}: {cfg.vocab_size} tokens")
+    else:
+        meta = prepare(texts, load_tokenizer(cfg.tokenizer), cfg.out, cfg.val_share, cfg.input)
+        print(f"{cfg.out}: {meta['n_docs']} documents, {meta['n_tokens']} tokens ({meta['dtype']})")
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

@@ -1,204 +1,241 @@
-"""Text to ids and back: sentencepiece, tekken, byte-level BPE and plain words behind one interface.
+"""Text to ids and back: sentencepiece, tiktoken and plain words behind one interface.
 
-    tokenizer = load("checkpoints/mistral-7b")            # a file, or a folder that holds one
-    python tokenizer.py --input=a.jsonl --field=question --vocab_size=1024 --out=tokenizer.model
+    tokenizer = load_tokenizer("checkpoints/mistral-7b")     # a file, or a folder that holds one
 
-Each is a list of byte strings, one for every id; decoding, the same for all, joins and reads UTF-8.
+Every id stands for bytes; to decode, these are joined and read as UTF-8. data.py trains new ones.
 
-Left out on purpose: chat templates, and special tokens written as text: "</s>" in a document is
-four characters, not its end.
-
-Read next: bpe.py
+Left out on purpose: chat templates, the kinds of tokenizer.json that are not byte-level BPE, and
+special tokens written as text: "</s>" in a document is four characters, not its end.
 """
+import base64
 import codecs
 import hashlib
-import io
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import unicodedata
 from pathlib import Path
 
 import sentencepiece
+import tiktoken
 
-from config import UserError
-from formats import bpe
-import config
-from formats.tensors import published
+from config import UserError, atomic_write
 
 START_THOUGHT, END_THOUGHT = "<|startthought|>", "<|endthought|>"
-NAMES = ("tokenizer.model", "tokenizer.model.v3", "tekken.json", "tokenizer.json", "words.json")
-PLAIN = "  a " + "".join(map(chr, range(32, 127))) + "\n\tb"      # what any but words must hold
+TOKENIZER_FILES = "tokenizer.model tokenizer.model.v3 tekken.json tokenizer.json words.json".split()
+# GPT-2's expression between single digits, in one: white space before a digit stays whole.
+_ONE_DIGIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
 class Tokenizer:
-    """What all have: .vocab_size, .bos and .eos (ids or None), and by `load` .path and .sha256.
+    """Base class. `encode` makes ids below `vocab_size`; `bos` and `eos` are ids or None.
 
-    `encode` makes no id beyond the vocabulary; the first two there are the markers of a thought.
+    `pieces` has the bytes of each id, then of the two markers of a thought. `load_tokenizer` adds
+    `path` and `sha256`, a subclass `name`, the usual one of its file, and `_encode(text) -> ids`.
     """
-    def __init__(self, pieces: list[bytes], bos: int | None, eos: int | None, space_first=False):
-        self.vocab_size, self.bos, self.eos = len(pieces), bos, eos
+    sample = "  a " + "".join(map(chr, range(32, 127))) + "\n\tb"     # text that must survive
+
+    def __init__(self, pieces, bos, eos, space_first=False):
+        self.vocab_size = len(pieces)
+        self.bos, self.eos = bos, eos
         self.pieces = [*pieces, START_THOUGHT.encode(), END_THOUGHT.encode()]
-        self.space_first = space_first                      # encode puts a space before every text
+        self.space_first = space_first            # `_encode` puts a space before every text
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Ids of `text`, after bos if that is wanted and exists (Qwen2 and SmolLM2 have none)."""
-        ids = self._encode(text.encode(errors="replace").decode())    # half a surrogate pair is "?"
+        """Return the ids of `text`, with bos before them if asked for and if there is one."""
+        text = text.encode(errors="replace").decode()      # half a surrogate pair becomes "?"
+        ids = self._encode(text)
         return [self.bos, *ids] if bos and self.bos is not None else ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Inverse of `encode`. Special tokens are silent; an id without text shows as <|id|>."""
+    def decode(self, ids) -> str:
+        """Invert `encode`. Special tokens give no text; an id without text shows as <|id|>."""
         stream = self.stream()
         return "".join(map(stream.push, ids)) + stream.flush()
 
     def stream(self) -> "Stream":
+        """Return a decoder that takes one id at a time."""
         return Stream(self)
 
-    def copy_to(self, folder: str | Path):
-        """Put the file into `folder`, under the name that `find` looks for."""
-        with published(Path(folder, self.name)) as file:
-            file.write(Path(self.path).read_bytes())
+    def copy_to(self, folder):
+        """Copy the file into `folder`, under a name that `load_tokenizer` finds there."""
+        with atomic_write(Path(folder, self.name)) as temporary:
+            temporary.write_bytes(Path(self.path).read_bytes())
 
 
 class Stream:
-    """Decoding as ids come: what `push` and then `flush` return, joined, is what `decode` returns.
+    """Decode ids as they come: all that `push` and then `flush` return, joined, is the text.
 
-    Half a character waits for the rest. To go on from a prompt, push its ids first and drop what
-    they return: only at the very beginning is a space no part of the text.
+    The bytes of an unfinished character wait for the rest. To continue a prompt, push its ids first
+    and drop the result: only at the very beginning is a space no part of the text.
     """
-    def __init__(self, tokenizer: Tokenizer):
-        self.pieces, self.space_first = tokenizer.pieces, tokenizer.space_first
+    def __init__(self, tokenizer):
+        self.pieces = tokenizer.pieces
+        self.space_first = tokenizer.space_first
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        known = 0 <= token < len(self.pieces)               # models may embed more rows
+        """Return the text that this id completes, which may be empty."""
+        known = 0 <= token < len(self.pieces)     # a model may embed more rows than have a text
         piece = self.pieces[token] if known else f"<|{int(token)}|>".encode()
         if self.space_first and piece:
-            piece, self.space_first = piece.removeprefix(b" "), False
+            piece = piece.removeprefix(b" ")
+            self.space_first = False
         return self.utf8.decode(piece)
 
     def flush(self) -> str:
+        """Return a replacement character for an unfinished one, else nothing."""
         return self.utf8.decode(b"", final=True)
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """tokenizer.model of Mistral 7B, Llama 2, TinyLlama, or trained by this file."""
+    """Read tokenizer.model: Mistral 7B, Llama 2, TinyLlama, or one trained by data.py."""
     name = "tokenizer.model"
-
-    def __init__(self, content: bytes):
-        self.model = model = sentencepiece.SentencePieceProcessor()
+    def __init__(self, content):
+        model = sentencepiece.SentencePieceProcessor()
         model.load_from_serialized_proto(content)
-        byte = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
-        pieces = [b"" if model.is_control(i) else byte.get(name, name.replace("▁", " ").encode())
-                  for i, name in enumerate(model.id_to_piece([*range(len(model))]))]
-        bos, eos = (None if i < 0 else i for i in (model.bos_id(), model.eos_id()))
-        super().__init__(pieces, bos, eos, model.encode_as_pieces("a")[0].startswith("▁"))
 
-    def _encode(self, text: str) -> list[int]:
-        return self.model.encode(text)
+        def bytes_of(i):
+            piece = model.id_to_piece(i)
+            if model.is_byte(i):                  # "<0x0A>"
+                return bytes([int(piece[1:-1], 16)])
+            if model.is_control(i):
+                return b""
+            return piece.replace("▁", " ").encode()
+
+        pieces = list(map(bytes_of, range(len(model))))
+        bos, eos = (None if i < 0 else i for i in (model.bos_id(), model.eos_id()))
+        space_first = model.encode_as_pieces("a")[0].startswith("▁")
+        super().__init__(pieces, bos, eos, space_first)
+        self._encode = model.encode
 
 
 class TiktokenTokenizer(Tokenizer):
-    """tekken.json of Nemo and Ministral, or the tokenizer.json of Qwen2, SmolLM2 and Llama 3."""
-    def __init__(self, spec: dict):
+    """Read tekken.json (Nemo, Ministral) or byte-level tokenizer.json (Qwen2, SmolLM2, Llama 3).
+
+    tiktoken needs a regular expression that cuts text into words, and a vocabulary {bytes: id}; it
+    merges the pair of neighbours with the lowest id first. tokenizer.json spells bytes as letters
+    and lists merges, which is the same if ids were given in the order of the merges.
+    """
+    def __init__(self, spec):
         self.name = "tekken.json" if "config" in spec else "tokenizer.json"
-        self._encode, pieces, bos, eos = bpe.read(spec)
-        super().__init__(pieces, bos, eos)
+        read = _tekken if "config" in spec else _byte_level
+        regex, ranks, special, bos, eos = read(spec)
+        known = {i: piece for piece, i in ranks.items()} | special
+        n = max(known) + 1
+        super().__init__([known.get(i, f"<|{i}|>".encode()) for i in range(n)], bos, eos)
+        # SmolLM2 lacks 21 of the 256 bytes, but tiktoken needs all of them. Ids beyond the
+        # vocabulary stand in and are then dropped, as `tokenizers` leaves such bytes out.
+        absent = {bytes([b]): n + b for b in range(256) if bytes([b]) not in ranks}
+        self.encoding = tiktoken.Encoding("bpe", pat_str=regex, mergeable_ranks=ranks | absent,
+                                          special_tokens={})
+        self.normalizer = spec.get("normalizer")      # None, or NFC: e + accent becomes é (Qwen2)
+
+    def _encode(self, text):
+        if self.normalizer:
+            text = unicodedata.normalize("NFC", text)
+        return [i for i in self.encoding.encode_ordinary(text) if i < self.vocab_size]
 
 
 class WordTokenizer(Tokenizer):
-    """words.json of the shell game: {"words": [...], "bos": word or null, "eos": word or null}."""
+    """Read words.json (shell game): {"words": [...], "bos": word or null, "eos": word or null}."""
     name = "words.json"
+    sample = ""                                   # white space is not kept
 
-    def __init__(self, spec: dict):
-        self.ids = {word: i for i, word in enumerate(spec["words"])}
-        ends = spec["bos"], spec["eos"]
-        if " ".join(self.ids).split() != spec["words"] or not {*ends} <= {None, *self.ids}:
-            raise UserError("words repeat or hold white space, or bos or eos is not among them")
-        bos, eos = map(self.ids.get, ends)
-        super().__init__([b" " + word.encode() for word in self.ids], bos, eos, space_first=True)
+    def __init__(self, spec):
+        words, bos, eos = spec["words"], spec["bos"], spec["eos"]
+        self.ids = {word: i for i, word in enumerate(words)}
+        if " ".join(self.ids).split() != words or not {bos, eos} <= {None, *words}:
+            raise ValueError("words repeat or hold white space, or bos or eos is not among them")
+        pieces = [b" " + word.encode() for word in words]
+        super().__init__(pieces, self.ids.get(bos), self.ids.get(eos), space_first=True)
 
-    def _encode(self, text: str) -> list[int]:
-        for word in text.split():
-            if word not in self.ids:
-                raise UserError(f"'{word}' is not one of the {len(self.ids)} words of {self.path}")
-        return [self.ids[word] for word in text.split()]
-
-
-def find(folder: str | Path) -> Path:
-    """The tokenizer beside the weights: the first of NAMES that is there."""
-    for path in (Path(folder, name) for name in NAMES):
-        if path.exists():
-            return path
-    raise UserError(f"{folder} holds no tokenizer ({', '.join(NAMES)}): copy one there")
+    def _encode(self, text):
+        try:
+            return [self.ids[word] for word in text.split()]
+        except KeyError as word:
+            known = f"the {len(self.ids)} words of {self.path}"
+            raise UserError(f"{word} is not one of {known}") from None
 
 
-def exists(folder: str | Path) -> bool:
-    return any(Path(folder, name).exists() for name in NAMES)
+def has_tokenizer(folder) -> bool:
+    """Return True if the folder holds a tokenizer of a known name."""
+    return any(Path(folder, name).exists() for name in TOKENIZER_FILES)
 
 
-def load(path: str | Path) -> Tokenizer:
-    """The tokenizer of a file or folder. ValueError if it is damaged, or changes plain text."""
-    path = find(path) if Path(path).is_dir() else Path(path)
-    if not path.exists():
-        raise UserError(f"{path} is missing: name a tokenizer, or a folder that holds one")
-    content = path.read_bytes()
+def load_tokenizer(path) -> Tokenizer:
+    """Load a file, or the first of a folder. Raises UserError if it is damaged or loses text."""
+    in_folder = [Path(path, name) for name in TOKENIZER_FILES]
+    path = next(filter(Path.exists, in_folder), Path(path))
     try:
-        spec = json.loads(content) if path.suffix == ".json" else content
-        kind = (SentencePieceTokenizer if spec is content else
-                WordTokenizer if "words" in spec else TiktokenTokenizer)
+        content = path.read_bytes()
+        kind, spec = SentencePieceTokenizer, content
+        if path.suffix == ".json":
+            spec = json.loads(content)
+            kind = WordTokenizer if "words" in spec else TiktokenTokenizer
         tokenizer = kind(spec)
-        if kind is not WordTokenizer and tokenizer.decode(tokenizer.encode(PLAIN)) != PLAIN:
-            raise UserError("plain text comes back changed (truncated? no byte fallback?)")
-    except (RuntimeError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
-        known = ("JSON of a known kind" if path.suffix == ".json" else
-                 "a sentencepiece model (nor is Llama 3's: use its tokenizer.json)")
-        raise UserError(f"{path} is not {known}; if it is truncated or a git-lfs pointer, "
-                         "download it again") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    tokenizer.path, tokenizer.sha256 = str(path), hashlib.sha256(content).hexdigest()
+        if tokenizer.decode(tokenizer.encode(tokenizer.sample)) != tokenizer.sample:
+            raise ValueError("plain text comes back changed")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): name one of "
+                        f"{', '.join(TOKENIZER_FILES)}, or a folder that holds one") from None
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no tokenizer of a known kind ({error}): download it again if "
+                        "it is truncated or a git-lfs pointer, or else another of the model's "
+                        f"{', '.join(TOKENIZER_FILES[:4])}") from None
+    tokenizer.path = str(path)
+    tokenizer.sha256 = hashlib.sha256(content).hexdigest()
     return tokenizer
 
 
 def dash_id(tokenizer: Tokenizer) -> int:
-    """The id whose embedding the markers start from: an em dash, else what "---" begins with."""
-    ids = ((text, i) for text in ("—", "---") for i in tokenizer.encode(text))
-    pieces = ((text, i, tokenizer.decode([i]).strip()) for text, i in ids)
-    return next(i for text, i, piece in pieces if piece and text.startswith(piece))
+    """Return the id whose embedding the markers start from: an em dash, else the start of "---"."""
+    for text in ("—", "---"):
+        for i in tokenizer.encode(text):
+            if tokenizer.decode([i]).strip() in ("—", "-", "--", "---"):
+                return i
+    raise UserError(f"{tokenizer.path} has neither an em dash nor a hyphen to start markers from")
 
 
-def train(texts: Iterable[str], vocab_size: int) -> bytes:
-    """A sentencepiece model built as Mistral's is; the same texts give the same bytes."""
-    lines, content = (line for text in texts for line in text.split("\n")), io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=content, vocab_size=vocab_size, num_threads=1,
-            model_type="bpe", byte_fallback=True, split_digits=True, character_coverage=0.98,
-            normalization_rule_name="identity", remove_extra_whitespaces=False,
-            max_sentence_length=2**24, minloglevel=2)
-    except RuntimeError as error:
-        reason = str(error).rpartition("]")[2].strip() or "it is empty"
-        raise UserError(f"cannot make {vocab_size} tokens of this text: {reason}") from None
-    return content.getvalue()
+def _tekken(spec):
+    """Return regular expression, {bytes: id}, {special id: bytes}, bos, eos."""
+    settings = spec["config"]
+    n_special = settings["default_num_special_tokens"]      # these come first
+    n = settings["default_vocab_size"] - n_special          # the file lists more than models use
+    entries = spec["vocab"][:n]
+    if [entry["rank"] for entry in entries] != list(range(n)):
+        raise ValueError(f"vocab does not begin with {n} entries in the order of their ranks")
+    ranks = {base64.b64decode(entry["token_bytes"]): n_special + entry["rank"] for entry in entries}
+    special = dict.fromkeys(range(n_special), b"")
+    return settings["pattern"], ranks, special, 1, 2
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    input: tuple[str, ...] = ()         # .txt, .jsonl, .jsonl.gz files, by commas
-    field: tuple[str, ...] = ("text",)  # fields of a row, joined by newlines
-    vocab_size: int = 1024              # tokens; the 256 bytes and <unk>, <s>, </s> are 259 of them
-    out: str = "tokenizer.model"        # file to write
-
-
-def main():
-    from data import read_texts                # data.py reads this file
-    (cfg,) = config.parse(TrainConfig)
-    texts = (text for path in cfg.input for text in read_texts(path, cfg.field))
-    content = train(texts, cfg.vocab_size)
-    with published(cfg.out) as file:
-        file.write(content)
-    print(f"{cfg.out}: {load(cfg.out).vocab_size} tokens")
-
-
-if __name__ == "__main__":
-    config.run(main)
+def _byte_level(spec):
+    """Do the same as `_tekken`. Added tokens have bytes, but no text is encoded as one of them."""
+    shape = [spec["normalizer"], spec["pre_tokenizer"], spec["model"]["type"]]
+    match shape:
+        case [None | {"type": "NFC"}, {"pretokenizers": [
+                {"type": "Split", "behavior": "Isolated", "invert": False,
+                 "pattern": {"Regex": regex}},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}, "BPE"]:
+            pass
+        case [None | {"type": "NFC"}, {"pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}, "BPE"]:
+            regex = _ONE_DIGIT
+        case _:
+            raise ValueError(f"normalizer, pre_tokenizer and model are {shape}")
+    vocab = spec["model"]["vocab"]
+    merged = ["".join(merge).replace(" ", "") for merge in spec["model"]["merges"]]
+    ids = dict.fromkeys(vocab[piece] for piece in merged)
+    if list(ids) != sorted(ids):
+        raise ValueError("merges are not in the order of their ids, and tiktoken's are")
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    special = {token["id"]: b"" if token["special"] else token["content"].encode()
+               for token in spec["added_tokens"]}
+    # GPT-2's alphabet spells bytes: printable ones as themselves, the others from chr(256) on.
+    printable = [b for b in range(33, 256) if chr(b).isprintable()]
+    others = [b for b in range(256) if b not in printable]
+    letters = map(chr, [*printable, *range(256, 512)])
+    byte = dict(zip(letters, printable + others))
+    ranks = {bytes(map(byte.get, piece)): i for piece, i in vocab.items() if piece not in added}
+    bos = added.get("<|begin_of_text|>", added.get("<s>"))
+    eos = added.get("<|endoftext|>", added.get("<|end_of_text|>", added.get("</s>")))
+    return regex, ranks, special, bos, eos

@@ -12,13 +12,14 @@ import torch
 
 import config
 import data
-from formats import tensors as files
+from config import UserError
 
 
 def numbers(vocab_size=1000, bos=None, eos=0):
     """A tokenizer whose text is token ids separated by spaces."""
     def encode(text, bos=False):
-        return [tokenizer.bos] * bos + [int(word) for word in text.split()]
+        first = [tokenizer.bos] if bos and tokenizer.bos is not None else []
+        return first + [int(word) for word in text.split()]
 
     tokenizer = SimpleNamespace(vocab_size=vocab_size, bos=bos, eos=eos, encode=encode, sha256="0",
                                 path="numbers.json", copy_to=lambda folder: None)
@@ -49,14 +50,14 @@ def test_no_token_id_ever_wraps(tmp_path, vocab_size, dtype):
 
 
 def test_an_id_beyond_the_vocabulary_is_refused_with_its_position(tmp_path):
-    with pytest.raises(ValueError, match="document 2: token id 70000 at position 1 >= vocab"):
+    with pytest.raises(OverflowError, match="70000 out of bounds"):     # a tokenizer that is wrong
         folder_of(tmp_path, ["1 2", "3 70000"], vocab_size=50000)
     folder_of(tmp_path, ["1 2 3", "4 999 5"])
     meta = json.loads((tmp_path / "meta.json").read_text())
     (tmp_path / "meta.json").write_text(json.dumps(meta | {"vocab_size": 500}))
-    crops = data.Batches(data.TokenFile(tmp_path, "train"), 8)    # the whole file, whatever the draw
-    with pytest.raises(ValueError, match="token id 999 at position 5 >= vocab_size 500"):
-        crops.batch(0, [0])
+    batches = data.Batches(data.TokenFile(tmp_path, "train"), 8)  # the whole file at any draw
+    with pytest.raises(UserError, match="token id 999 at position 5 >= vocab_size 500"):
+        batches.batch(0, [0])
 
 
 @pytest.mark.parametrize("bos, eos", [(None, None), (1, None), (None, 2), (1, 2), (0, 0)])
@@ -73,7 +74,7 @@ def test_gzip_is_read_like_plain_and_fields_are_joined_by_newlines(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows))
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(rows[:20]) + gzip.compress(rows[20:]))
     for name in ("a.jsonl", "a.jsonl.gz", "a.json.gz"):
-        assert list(data.read_texts(f"{tmp_path}/{name}", ("q", "a"))) == ["one\né", "half ?\n4"]
+        assert list(data.read_texts([f"{tmp_path}/{name}"], ("q", "a"))) == ["one\né", "half ?\n4"]
 
 
 def test_openwebmath_and_c4_become_token_files_under_their_own_field_names(call, game, tmp_path):
@@ -89,24 +90,24 @@ def test_openwebmath_and_c4_become_token_files_under_their_own_field_names(call,
     found = []
     for path in tmp_path.glob("*-of-*"):
         out = tmp_path / f"to {path.suffix}"
-        argv = f"--input={path}", f"--tokenizer={game}/silent", f"--out={out}", "--val_share=0"
-        assert call(data, *argv)[0] == 0
+        argv = f"--input={path}", f"--tokenizer={game}/without_reasoning", f"--out={out}"
+        assert call(data, *argv, "--val_share=0")[0] == 0
         found.append((out / "train.bin").read_bytes())
     assert found[0] == found[1] and data.TokenFile(out, "train").n_docs == 5
 
 
 def test_a_txt_file_is_one_document_whatever_its_blank_lines(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n\ntwo\n")
-    assert list(data.read_texts(f"{tmp_path}/a.txt", ("answer",))) == ["one\n\n\ntwo\n"]
+    (tmp_path / "a.txt").write_bytes(b"one\n\n\r\ntwo\n")
+    assert list(data.read_texts([f"{tmp_path}/a.txt"], ("answer",))) == ["one\n\n\ntwo\n"]
 
 
 def test_parquet_is_read_like_jsonl(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.Table.from_pylist([{"text": "one", "n": 1}, {"text": "two", "n": 2}])
     parquet.write_table(table, tmp_path / "a.parquet")
-    assert list(data.read_texts(f"{tmp_path}/a.parquet", ("text",))) == ["one", "two"]
-    with pytest.raises(ValueError, match=r"a.parquet:1: no field 'url' \(it has text\)"):
-        list(data.read_texts(f"{tmp_path}/a.parquet", ("url",)))
+    assert list(data.read_texts([f"{tmp_path}/a.parquet"], ("text",))) == ["one", "two"]
+    with pytest.raises(UserError, match="a.parquet:1: --field=url does not name .*'text': 'one'"):
+        list(data.read_texts([f"{tmp_path}/a.parquet"], ("url",)))
 
 
 def test_the_same_document_is_never_in_both_splits_whatever_the_order(tmp_path):
@@ -153,59 +154,59 @@ def test_a_prepare_killed_over_an_older_one_leaves_it_whole_or_no_meta_json(tmp_
             rename(*paths)
         return replace
 
-    rename = files.os.replace
+    rename = config.os.replace
     for call in range(5):                                       # two .bin, two .idx.npy, meta.json
         folder_of(tmp_path, ["1 2 3"])
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(files.os, "replace", kill_at(call))
+            patch.setattr(config.os, "replace", kill_at(call))
             folder_of(tmp_path, ["4 5 6 7"])
         assert not (tmp_path / "meta.json").exists()
     folder_of(tmp_path, ["1 2 3"])
     with pytest.raises(ValueError):
-        folder_of(tmp_path, ["4 5", "6 1000"])
+        folder_of(tmp_path, ["4 5", "6 and no number"])
     assert data.TokenFile(tmp_path, "train").document(0).tolist() == [1, 2, 3, 0]
 
 
 # ---------------------------------------------------------------------- tokens on disk to batches
 
-@pytest.mark.parametrize("manner", ["document", "stream"])
-def test_a_row_depends_on_seed_step_and_row_alone(documents, manner):
-    crops = data.Batches(documents, 6, manner, seed=3)
-    together = crops.batch(7, range(16))
+@pytest.mark.parametrize("mode", ["document", "stream"])
+def test_a_row_depends_on_seed_step_and_row_alone(documents, mode):
+    batches = data.Batches(documents, 6, mode, seed=3)
+    together = batches.batch(7, range(16))
     for row in reversed(range(16)):
-        alone = data.Batches(documents, 6, manner, seed=3).batch(7, [row])
+        alone = data.Batches(documents, 6, mode, seed=3).batch(7, [row])
         assert all(torch.equal(a[row], b[0]) for a, b in zip(together, alone))
-    others = [data.Batches(documents, 6, manner, seed=4).batch(7, range(16)),
-              crops.batch(8, range(16)), crops.batch(7, range(16, 32))]
+    others = [data.Batches(documents, 6, mode, seed=4).batch(7, range(16)),
+              batches.batch(8, range(16)), batches.batch(7, range(16, 32))]
     assert not any(torch.equal(together[0], other[0]) for other in others)
-    assert not torch.equal(together[0][1:], crops.batch(8, range(15))[0])     # not of step + row
+    assert not torch.equal(together[0][1:], batches.batch(8, range(15))[0])     # not of step + row
 
 
-@pytest.mark.parametrize("manner", ["document", "stream"])
-def test_resumed_data_equal_uninterrupted_data(documents, manner):
-    crops = data.Batches(documents, 6, manner)
-    uninterrupted = [crops.batch(step, range(4))[0] for step in range(6)]
-    crops = data.Batches(documents, 6, manner)
-    resumed = [crops.batch(step, range(4))[0] for step in range(3, 6)]
+@pytest.mark.parametrize("mode", ["document", "stream"])
+def test_resumed_data_equal_uninterrupted_data(documents, mode):
+    batches = data.Batches(documents, 6, mode)
+    uninterrupted = [batches.batch(step, range(4))[0] for step in range(6)]
+    batches = data.Batches(documents, 6, mode)
+    resumed = [batches.batch(step, range(4))[0] for step in range(3, 6)]
     assert torch.equal(torch.cat(resumed), torch.cat(uninterrupted[3:]))
 
 
-@pytest.mark.parametrize("manner", ["document", "stream"])
-def test_one_rank_sees_what_two_ranks_with_two_micro_batches_see(documents, manner):
-    crops = data.Batches(documents, 6, manner)
-    parts = [crops.batch(2, range(first, first + 2)) for first in (0, 2, 4, 6)]
-    for one, of_parts in zip(crops.batch(2, range(8)), zip(*parts)):
+@pytest.mark.parametrize("mode", ["document", "stream"])
+def test_one_rank_sees_what_two_ranks_with_two_micro_batches_see(documents, mode):
+    batches = data.Batches(documents, 6, mode)
+    parts = [batches.batch(2, range(first, first + 2)) for first in (0, 2, 4, 6)]
+    for one, of_parts in zip(batches.batch(2, range(8)), zip(*parts)):
         assert torch.equal(one, torch.cat(of_parts))
 
 
 def test_documents_come_whole_or_as_a_window_of_one_document_never_across(documents):
-    crops, seen = data.Batches(documents, 6, "document"), set()
-    for ids, valid in zip(*crops.batch(0, range(600))):
-        crop = ids[valid].tolist()
-        i = (crop[0] - 1) // 20 if crop[0] else (crop[-2] - 1) // 20
+    batches, seen = data.Batches(documents, 6, "document"), set()
+    for ids, valid in zip(*batches.batch(0, range(600))):
+        window = ids[valid].tolist()
+        i = (window[0] - 1) // 20 if window[0] else (window[-2] - 1) // 20
         document = documents.document(i).tolist()
-        start = document.index(crop[0])
-        assert crop == document[start:start + 6] and len(crop) == min(6, len(document))
+        start = document.index(window[0])
+        assert window == document[start:start + 6] and len(window) == min(6, len(document))
         seen.add((i, start))
     assert seen == {(i, start) for i in range(12) for start in range(max(1, i + 2 - 6 + 1))}
 
@@ -238,64 +239,78 @@ def prepared(tmp_path):
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", b'{"text": "x"}\n{"body": "y", "n": 3}\n',
-     r"a.jsonl:2: no field 'text' \(it has body\)"),
-    ("a.jsonl", b'{"text": null}\n', r"a.jsonl:1: no field 'text' \(it has \)"),
-    ("a.jsonl", b'["x"]\n', "a.jsonl:1: no field 'text'"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl:2: not UTF-8 text, JSON lines or parquet"),
-    ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: not UTF-8"),
-    ("a.txt", b"\xff\xfe\x00", "a.txt:1: not UTF-8"),
-    ("a.jsonl.gz", GZ[:-9], "a.jsonl.gz:[1-9]: .*ended.*: download it again"),
-    ("a.jsonl.gz", GZ[:10] + b"\xff" * 40, "a.jsonl.gz:.*invalid.*: download it again"),
-    ("a.jsonl.gz", b'{"text": "x"}\n', "a.jsonl.gz:1: Not a gzipped file .*: download it again"),
+     "a.jsonl:2: --field=text does not name texts of .'body': 'y', 'n': 3"),
+    ("a.jsonl", b'{"text": null}\n',
+     "a.jsonl:1: --field=text does not name texts of .'text': None"),
+    ("a.jsonl", b'["x"]\n', "a.jsonl:1: --field=text does not name texts"),
+    ("a.jsonl", b'"text"\n', "a.jsonl:1: --field=text does not name texts of text"),
+    ("none.jsonl", None, "none.jsonl:1: damaged or absent .*No such file"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n',
+     "a.jsonl:2: damaged or absent .Expecting value.*: replace it"),
+    ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: damaged .*utf-8"),
+    ("a.txt", b"\xff\xfe\x00", "a.txt:1: damaged .*utf-8"),
+    ("a.jsonl.gz", GZ[:-9], "a.jsonl.gz:10: damaged .*ended.*: replace it"),
+    ("a.jsonl.gz", GZ[:10] + b"\xff" * 40, "a.jsonl.gz:.*invalid.*: replace it"),
+    ("a.jsonl.gz", b'{"text": "x"}\n', "a.jsonl.gz:1: .*Not a gzipped file .*: replace it"),
 ])
 def test_bad_text_is_named_in_one_line(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        list(data.read_texts(f"{tmp_path}/{name}", ("text",)))
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        list(data.read_texts([f"{tmp_path}/{name}"], ("text",)))
     assert "\n" not in str(error.value)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ValueError, match="a.parquet: reading parquet needs pyarrow: pip install"):
-        list(data.read_texts(f"{tmp_path}/a.parquet", ("text",)))
+    with pytest.raises(UserError, match="a.parquet: reading parquet needs pyarrow: pip"):
+        list(data.read_texts([f"{tmp_path}/a.parquet"], ("text",)))
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("train.bin", b"", "train.bin is empty"),
-    ("train.bin", b"1234567", "train.bin is 7 bytes.*says 4 tokens of 2 bytes"),
-    ("train.bin", b"123456", "train.bin is 6 bytes.*says 4 tokens of 2 bytes"),
-    ("train.bin", None, "train.bin is missing: prepare the data first"),
-    ("train.idx.npy", None, "train.idx.npy is missing"),
-    ("meta.json", None, "meta.json is missing"),
+    ("train.bin", b"", "train.bin has 0.0 tokens.*meta.json 4.: prepare it again"),
+    ("train.bin", b"1234567", "train.bin has 3.5 tokens.*meta.json 4.: prepare it again"),
+    ("train.bin", b"123456", "train.bin has 3.0 tokens.*meta.json 4.: prepare it again"),
+    ("train.bin", None, "train.bin.*: prepare it again"),
+    ("train.idx.npy", None, "train.idx.npy.*: prepare it again"),
+    ("train.idx.npy", b"x", "no whole train split .*: prepare it again"),
+    ("train.idx.npy", b"", "no whole train split .*: prepare it again"),
+    ("meta.json", None, "meta.json.*: prepare it again"),
+    ("meta.json", b"{", "meta.json is not JSON.*: prepare it again"),
+    ("meta.json", b"{}", "no whole train split .*n_tokens.*: prepare it again"),
 ])
 def test_a_damaged_folder_is_named_in_one_line(tmp_path, name, content, message):
     path = prepared(tmp_path) / name
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         data.TokenFile(tmp_path / "tokens", "train")
     assert "\n" not in str(error.value)
 
 
 def test_an_index_of_other_tokens_is_refused(tmp_path):
     np.save(prepared(tmp_path) / "train.idx.npy", np.array([0, 3]))
-    with pytest.raises(ValueError, match="train.bin is 8 bytes, its index ends at 3"):
+    with pytest.raises(UserError, match="train.bin has 4.0 tokens, its index 3, meta.json 4"):
         data.TokenFile(tmp_path / "tokens", "train")
 
 
-def test_crops_that_cannot_be_cut_are_refused(tmp_path):
+def test_windows_that_cannot_be_cut_are_refused(tmp_path):
     folder = prepared(tmp_path)
-    with pytest.raises(ValueError, match="train.bin has 4 tokens, one crop needs 5"):
+    with pytest.raises(UserError, match="train.bin has 4 tokens, one window needs 5"):
         data.Batches(data.TokenFile(folder, "train"), 5, "stream")
-    with pytest.raises(ValueError, match="manner 'streams' is neither 'document' nor 'stream'"):
-        data.Batches(data.TokenFile(folder, "train"), 2, "streams")
-    with pytest.raises(ValueError, match="val.bin is empty: .* --val_share"):
+    with pytest.raises(UserError, match="val.bin has 0.0 tokens.*empty.* another --val_share"):
         data.TokenFile(folder, "val")
 
 
-@pytest.mark.parametrize("options", ["", "--input=missing.jsonl --tokenizer=words.json --out=out"])
+@pytest.mark.parametrize("options", [
+    "", "--tokenizer=words.json --out=out", "--input=a.txt --out=out", "--input=a.txt",
+    "--input=a.txt --tokenizer=words.json", "--input=a.txt --train_tokenizer=new --out=out",
+    "--input=a.txt --tokenizer=words.json --out=words.json/under",
+    "--input=missing.jsonl --tokenizer=words.json --out=out",
+    "--input=a.txt --tokenizer=missing.json --out=out"])
 def test_a_user_mistake_is_one_line_and_exit_status_2(tmp_path, monkeypatch, capsys, options):
     (tmp_path / "words.json").write_text('{"words": ["a"], "bos": null, "eos": null}')
+    (tmp_path / "a.txt").write_text("a")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["data.py", *options.split()])
     with pytest.raises(SystemExit) as end:

@@ -1,4 +1,4 @@
-"""tokenizer.py, bpe.py: no text is lost, and ids are those that the model's own library gives."""
+"""tokenizer.py: no text is lost, and ids are those that the model's own library gives."""
 import base64
 import hashlib
 import io
@@ -12,8 +12,11 @@ import pytest
 import sentencepiece
 import torch
 
+import data
 import tokenizer as tokenizers
-from tokenizer import END_THOUGHT, START_THOUGHT, dash_id, find, load
+from config import UserError
+from data import train_tokenizer
+from tokenizer import END_THOUGHT, START_THOUGHT, dash_id, has_tokenizer, load_tokenizer
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[1] / "../shared/data"))
 LINES = [f"{who} has {n} apples, buys {n * 7} more — and doesn't eat {what}: {n * 8 % 97}."
@@ -102,7 +105,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(made, request):
-    return load(made(request.param))
+    return load_tokenizer(made(request.param))
 
 
 every_kind = pytest.mark.parametrize("tokenizer", KINDS, indirect=True)
@@ -169,7 +172,7 @@ def test_ids_beyond_the_vocabulary_show_as_markers_then_as_numbers(tokenizer):
 
 
 @every_kind
-def test_special_tokens_are_silent(tokenizer):
+def test_special_tokens_give_no_text(tokenizer):
     hi = tokenizer.encode("hi")
     assert tokenizer.decode([tokenizer.eos, *hi, tokenizer.eos]) == "hi"
 
@@ -184,7 +187,7 @@ def test_bos_is_put_in_front_once_and_only_where_there_is_one(tokenizer, bos, eo
 
 
 def test_qwen2_ends_with_endoftext_and_composes_loose_accents(made):
-    tokenizer = load(made("qwen2"))
+    tokenizer = load_tokenizer(made("qwen2"))
     (eos,) = [added["id"] for added in json.loads(made("qwen2").read_text())["added_tokens"]
               if added["content"] == "<|endoftext|>"]
     assert (tokenizer.bos, tokenizer.eos) == (None, eos)
@@ -199,7 +202,7 @@ def test_half_a_surrogate_pair_is_replaced(tokenizer):
 @pytest.mark.parametrize("kind", ["v1", "v3"])
 def test_sentencepiece_ids_and_text_equal_the_librarys(made, kind):
     own = sentencepiece.SentencePieceProcessor(model_file=str(made(kind)))
-    tokenizer = load(made(kind))
+    tokenizer = load_tokenizer(made(kind))
     assert tokenizer.vocab_size == own.vocab_size()
     for text in TEXTS + SPECIALS + LINES:
         ids = own.encode(text)
@@ -208,7 +211,7 @@ def test_sentencepiece_ids_and_text_equal_the_librarys(made, kind):
 
 
 def test_tekken_ids_are_ranks_behind_the_special_ones_and_the_rest_of_the_file_is_unused(made):
-    tokenizer, spec = load(made("tekken")), tekken_file()
+    tokenizer, spec = load_tokenizer(made("tekken")), tekken_file()
     assert tokenizer.vocab_size == spec["config"]["default_vocab_size"] < len(spec["vocab"])
     assert tokenizer.encode("AB") == [10 + ord("A"), 10 + ord("B")]
     assert tokenizer.encode(" zz") == [10 + ord(" "), 10 + ord("z"), 10 + ord("z")]
@@ -216,7 +219,7 @@ def test_tekken_ids_are_ranks_behind_the_special_ones_and_the_rest_of_the_file_i
 
 @pytest.mark.parametrize("kind", ["qwen2", "smollm2"])
 def test_byte_level_ids_equal_the_librarys(made, kind):
-    tokenizer, rng = load(made(kind)), random.Random(0)
+    tokenizer, rng = load_tokenizer(made(kind)), random.Random(0)
     own = pytest.importorskip("tokenizers").Tokenizer.from_file(str(made(kind)))
     characters = "".join(TEXTS) + " \n\t'7e\u0301" * 20
     noise = ["".join(rng.choices(characters, k=60)) for _ in range(300)]
@@ -229,7 +232,7 @@ def test_byte_level_ids_equal_the_librarys(made, kind):
 def test_bytes_that_a_vocabulary_lacks_are_left_out_as_the_library_leaves_them_out(tmp_path):
     own = train_byte_level("smollm2", alphabet=[*map(chr, range(33, 127)), "Ġ", "Ċ", "ĉ"])
     own.save(str(tmp_path / "tokenizer.json"))
-    tokenizer, text = load(tmp_path), "a \U000c2000 b"          # no 0xf3 in what it was trained on
+    tokenizer, text = load_tokenizer(tmp_path), "a \U000c2000 b"    # it was trained on no 0xf3
     assert b"\xf3" not in tokenizer.pieces
     assert tokenizer.encode(text) == own.encode(text, add_special_tokens=False).ids
     assert max(tokenizer.encode(text)) < tokenizer.vocab_size
@@ -241,7 +244,7 @@ def test_markers_start_from_an_em_dash(tokenizer):
 
 
 def test_a_lone_space_before_the_em_dash_is_not_where_markers_start():
-    content = tokenizers.train([line.replace(" — ", "—") for line in LINES], 330)
+    content = train_tokenizer([line.replace(" — ", "—") for line in LINES], 330)
     tokenizer = tokenizers.SentencePieceTokenizer(content)
     space, dash = tokenizer.encode("—")
     assert tokenizer.pieces[space] == b" " and dash_id(tokenizer) == dash
@@ -251,70 +254,74 @@ def test_markers_start_from_a_hyphen_where_the_em_dash_is_in_pieces(tmp_path):
     spec = tekken_file()
     spec["config"].update(default_vocab_size=10 + 256)          # the single bytes and no more
     (tmp_path / "tekken.json").write_text(json.dumps(spec))
-    tokenizer = load(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     assert len(tokenizer.encode("—")) == 3 and tokenizer.decode([dash_id(tokenizer)]) == "-"
 
 
 def test_words_are_split_at_white_space_and_an_unknown_one_is_named(made):
-    tokenizer = load(made("words"))
+    tokenizer = load_tokenizer(made("words"))
     assert tokenizer.encode(" ball\n a  : . ") == [0, 1, 3, 5]
     assert tokenizer.decode([0, 1, 3, 5]) == "ball a : ."
-    with pytest.raises(ValueError, match="'dog' is not one of the 6 words of .*words.json"):
+    with pytest.raises(UserError, match="'dog' is not one of the 6 words of .*words.json"):
         tokenizer.encode("a dog")
-    with pytest.raises(ValueError, match="startthought"):
+    with pytest.raises(UserError, match="startthought"):
         tokenizer.encode(START_THOUGHT)
 
 
-def test_find_takes_the_first_of_the_known_names(tmp_path):
-    for name in reversed(tokenizers.NAMES):
+def test_a_folder_means_the_first_of_the_known_names(tmp_path):
+    assert not has_tokenizer(tmp_path)
+    for name in reversed(tokenizers.TOKENIZER_FILES):
         (tmp_path / name).touch()
-        assert find(tmp_path) == tmp_path / name
+        assert has_tokenizer(tmp_path)
+        with pytest.raises(UserError, match=f"^{tmp_path / name} is no"):     # it is empty
+            load_tokenizer(tmp_path)
 
 
-def test_load_knows_a_file_by_its_content(made, tmp_path):
+def test_a_file_of_another_name_is_read_by_its_content(made, tmp_path):
     for kind, name in (("v3", "tokenizer.model.v7"), ("tekken", "nemo.json"), ("words", "w.json")):
         (tmp_path / name).write_bytes(made(kind).read_bytes())
-        assert load(tmp_path / name).encode("a b") == load(made(kind)).encode("a b")
+        found, expected = load_tokenizer(tmp_path / name), load_tokenizer(made(kind))
+        assert found.encode("a b") == expected.encode("a b")
 
 
 @pytest.mark.parametrize("tokenizer", KINDS + ["words"], indirect=True)
 def test_a_copy_is_found_beside_the_weights_and_is_the_same_file(tokenizer, tmp_path):
     tokenizer.copy_to(tmp_path)
     (copied,) = tmp_path.iterdir()
-    assert load(str(tmp_path)).path == str(copied)
+    assert load_tokenizer(str(tmp_path)).path == str(copied)
     assert tokenizer.sha256 == hashlib.sha256(copied.read_bytes()).hexdigest()
-    load(tmp_path).copy_to(tmp_path)                            # onto itself
-    assert load(tmp_path).sha256 == tokenizer.sha256
+    load_tokenizer(tmp_path).copy_to(tmp_path)                            # onto itself
+    assert load_tokenizer(tmp_path).sha256 == tokenizer.sha256
 
 
-def test_a_copy_of_another_name_gets_the_name_that_find_looks_for(made, tmp_path):
+def test_a_copy_of_another_name_gets_a_name_that_is_found_in_a_folder(made, tmp_path):
     (tmp_path / "game.json").write_bytes(made("words").read_bytes())
     (tmp_path / "out").mkdir()
-    load(tmp_path / "game.json").copy_to(tmp_path / "out")
-    assert find(tmp_path / "out").name == "words.json"
+    load_tokenizer(tmp_path / "game.json").copy_to(tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").path == str(tmp_path / "out" / "words.json")
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 493443\n"
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("tokenizer.model", POINTER, "not a sentencepiece model .*git-lfs pointer, download it again"),
-    ("tokenizer.model", b"", "not a sentencepiece model"),
-    ("tokenizer.model", b"<html>404</html>", "not a sentencepiece model"),
-    ("tokenizer.model", b"IQ== 0\nIg== 1\n", "Llama 3's: use its tokenizer.json"),
-    ("tekken.json", POINTER, "not JSON .*git-lfs pointer, download it again"),
-    ("tokenizer.json", b'{"model": {"type": "BPE"', "not JSON of a known kind; if it is truncated"),
-    ("tokenizer.json", b"\x80", "not JSON of a known kind"),
-    ("tokenizer.json", b"[]", "not JSON of a known kind"),
-    ("tokenizer.json", b'{"version": "1.0"}', "not JSON of a known kind"),
+    ("tokenizer.model", POINTER, "of a known kind .*download it again .*git-lfs pointer"),
+    ("tokenizer.model", b"", "no tokenizer of a known kind"),
+    ("tokenizer.model", b"<html>404</html>", "no tokenizer of a known kind"),
+    ("tokenizer.model", b"IQ== 0\nIg== 1\n", "or else another .* tokenizer.json"),    # Llama 3's
+    ("tekken.json", POINTER, "no tokenizer .*: download it again if .* a git-lfs pointer"),
+    ("tokenizer.json", b'{"model": {"type": "BPE"', "known kind .Expecting .*: download it again"),
+    ("tokenizer.json", b"\x80", "no tokenizer of a known kind .*utf-8"),
+    ("tokenizer.json", b"[]", "no tokenizer of a known kind"),
+    ("tokenizer.json", b'{"version": "1.0"}', "no tokenizer of a known kind"),
     ("words.json", b'{"words": ["a", "a"], "bos": null, "eos": null}', "words repeat"),
     ("words.json", b'{"words": ["a b"], "bos": null, "eos": null}', "hold white space"),
     ("words.json", b'{"words": ["a"], "bos": null, "eos": "."}', "eos is not among them"),
-    ("words.json", b'{"words": ["a", 3], "bos": null, "eos": null}', "not JSON of a known kind")])
+    ("words.json", b'{"words": ["a", 3], "bos": null, "eos": null}', "known kind .*expected str")])
 def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        load(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        load_tokenizer(tmp_path)
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
 
 
@@ -322,8 +329,8 @@ def test_a_sentencepiece_model_cut_off_anywhere_is_refused(made, tmp_path):
     content = made("v1").read_bytes()
     for n in range(0, len(content), 23):
         (tmp_path / "tokenizer.model").write_bytes(content[:n])
-        with pytest.raises(ValueError, match="truncated"):
-            load(tmp_path)
+        with pytest.raises(UserError, match="truncated"):
+            load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("options", [
@@ -331,32 +338,33 @@ def test_a_sentencepiece_model_cut_off_anywhere_is_refused(made, tmp_path):
     dict(byte_fallback=False, vocab_size=100)])
 def test_a_sentencepiece_model_that_loses_text_is_refused(tmp_path, options):
     (tmp_path / "tokenizer.model").write_bytes(trained(**options))
-    with pytest.raises(ValueError, match="tokenizer.model: plain text comes back changed"):
-        load(tmp_path)
+    with pytest.raises(UserError, match="tokenizer.model .*plain text comes back changed"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda spec: spec["vocab"][5].update(rank=7), "vocab entry 5 has rank 7: download it again"),
-    (lambda spec: spec.update(vocab=spec["vocab"][:200]), "vocab needs 2.. entries, has 200: "),
-    (lambda spec: spec["config"].pop("default_vocab_size"), "not JSON of a known kind"),
-    (lambda spec: spec["vocab"][5].pop("token_bytes"), "not JSON of a known kind"),
+    (lambda spec: spec["vocab"][5].update(rank=7),
+     "vocab does not begin with .* ranks.: download it again"),
+    (lambda spec: spec.update(vocab=spec["vocab"][:200]), "vocab does not begin with 278 entries"),
+    (lambda spec: spec["config"].pop("default_vocab_size"), "'default_vocab_size'"),
+    (lambda spec: spec["vocab"][5].pop("token_bytes"), "'token_bytes'"),
     (lambda spec: spec["config"].update(pattern=r"\p{L}+"), "plain text comes back changed")])
 def test_a_damaged_tekken_is_refused(tmp_path, damage, message):
     spec = tekken_file()
     damage(spec)
     (tmp_path / "tekken.json").write_text(json.dumps(spec))
-    with pytest.raises(ValueError, match=f"tekken.json.*{message}"):
-        load(tmp_path)
+    with pytest.raises(UserError, match=f"tekken.json.*{message}"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(pre_tokenizer={"type": "Metaspace"}), r"NFC \+ Metaspace \+ BPE .*not known here"),
-    (dict(pre_tokenizer=None), r"NFC \+ nothing \+ BPE"),
-    (dict(normalizer={"type": "Lowercase"}), r"Lowercase \+ Split \+ ByteLevel \+ BPE"),
+    (dict(pre_tokenizer={"type": "Metaspace"}), "NFC.*Metaspace.*BPE"),
+    (dict(pre_tokenizer=None), "NFC.*None.*BPE"),
+    (dict(normalizer={"type": "Lowercase"}), "Lowercase.*Split.*ByteLevel.*BPE"),
     (dict(model={"type": "Unigram", "vocab": [["a", -1.0]]}),
-     r"ByteLevel \+ Unigram .*'pip install tokenizers' will not help"),
-    ("merges", "merges are not in the order of their ids.*tokenizer.model or tekken.json"),
-    ("letters", "not JSON of a known kind")])
+     "ByteLevel.*Unigram.*: .* another of the model's tokenizer.model"),
+    ("merges", "merges are not in the order of their ids.*another of the model's tokenizer.model"),
+    ("letters", "no tokenizer of a known kind")])
 def test_a_tokenizer_json_of_another_shape_is_refused_by_name(made, tmp_path, change, message):
     spec = json.loads(made("qwen2").read_text())
     if change == "merges":
@@ -366,20 +374,20 @@ def test_a_tokenizer_json_of_another_shape_is_refused_by_name(made, tmp_path, ch
     else:
         spec |= change
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(ValueError, match=f"tokenizer.json.*{message}"):
-        load(tmp_path)
+    with pytest.raises(UserError, match=f"tokenizer.json.*{message}"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_missing_tokenizer_is_one_line_that_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no.model is missing: name a tokenizer, or a "):
-        load(tmp_path / "no.model")
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer \(tokenizer.model, .*\): copy one"):
-        load(tmp_path)
+    with pytest.raises(UserError, match="cannot read .*no.model .No such file.*: name one of toke"):
+        load_tokenizer(tmp_path / "no.model")
+    with pytest.raises(UserError, match=f"cannot read {tmp_path} .*: name one of .* or a f"):
+        load_tokenizer(tmp_path)
 
 
 def test_training_is_deterministic_lossless_and_keeps_newlines_and_digits_apart():
-    content = tokenizers.train(iter(["\n".join(LINES), "77 77 77 " * 1000]), 320)
-    assert content == tokenizers.train(iter(["\n".join(LINES), "77 77 77 " * 1000]), 320)
+    content = train_tokenizer(iter(["\n".join(LINES), "77 77 77 " * 1000]), 320)
+    assert content == train_tokenizer(iter(["\n".join(LINES), "77 77 77 " * 1000]), 320)
     tokenizer = tokenizers.SentencePieceTokenizer(content)
     assert tokenizer.vocab_size == 320 and (tokenizer.bos, tokenizer.eos) == (1, 2)
     assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in TEXTS)
@@ -388,18 +396,19 @@ def test_training_is_deterministic_lossless_and_keeps_newlines_and_digits_apart(
 
 
 def test_a_document_longer_than_sentencepieces_own_limit_is_learnt_from():
-    content = tokenizers.train(["umbrella " * 2000 + " ".join(LINES)], 360)
+    content = train_tokenizer(["umbrella " * 2000 + " ".join(LINES)], 360)
     tokenizer = tokenizers.SentencePieceTokenizer(content)
     assert len(tokenizer.encode("umbrella")) == 1
 
 
 @pytest.mark.parametrize("texts, vocab_size, message", [
-    (LINES, 100_000, "cannot make 100000 tokens of this text: Vocabulary size too high.* <= "),
-    (LINES, 20, "cannot make 20 tokens of this text: Vocabulary size is smaller"),
-    ([], 300, "cannot make 300 tokens of this text: it is empty")])
+    (LINES, 100_000,
+     "cannot make 100000 tokens of this text: give more of it.*Vocabulary size too high.* <= "),
+    (LINES, 20, "cannot make 20 tokens of this text: give more of it.*Vocabulary size is smaller"),
+    ([], 300, "cannot make 300 tokens of this text: give more of it.*sentences_.empty")])
 def test_training_refuses_what_cannot_be_in_one_line(texts, vocab_size, message):
-    with pytest.raises(ValueError, match=message) as error:
-        tokenizers.train(texts, vocab_size)
+    with pytest.raises(UserError, match=message) as error:
+        train_tokenizer(texts, vocab_size)
     assert "\n" not in str(error.value)
 
 
@@ -407,20 +416,23 @@ def test_the_command_line_trains_on_the_named_fields(tmp_path, monkeypatch, call
     rows = [dict(question=line, answer="umbrella " * 9, other="zyzzyva " * 9) for line in LINES]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
-    status, printed, _ = call(tokenizers, "--input=a.jsonl", "--field=question,answer",
-                              "--vocab_size=360", "--out=new/tokenizer.model")
+    status, printed, _ = call(data, "--input=a.jsonl", "--field=question,answer",
+                              "--vocab_size=360", "--train_tokenizer=new/tokenizer.model")
     assert status == 0 and printed == "new/tokenizer.model: 360 tokens\n"
-    tokenizer = load("new")
+    tokenizer = load_tokenizer("new")
     assert len(tokenizer.encode("umbrella")) == 1 < len(tokenizer.encode("zyzzyva"))
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--input=none.jsonl"], "none.jsonl"), ([], "it is empty"),
-    (["--input=a.jsonl"], "no field 'text'"), (["--vocab=9"], "did you mean --vocab_size?")])
+    (["--input=none.jsonl"], "none.jsonl"), (["--input=empty.txt"], "sentences_.empty"),
+    ([], "needs --input"),
+    (["--input=a.jsonl"], "--field=text does not name"),
+    (["--vocab=9"], "did you mean --vocab_size?")])
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, call, options, message):
     (tmp_path / "a.jsonl").write_text('{"question": "why?"}')
+    (tmp_path / "empty.txt").touch()
     monkeypatch.chdir(tmp_path)
-    status, _, complaint = call(tokenizers, *options)
+    status, _, complaint = call(data, "--train_tokenizer=new.model", *options)
     assert status == 2 and complaint.count("\n") == 1
     assert complaint.startswith("error: ") and message in complaint
 
@@ -456,7 +468,7 @@ REAL = {"tokenizer.model.v1": (32000, 1040),                # tokens, id of the 
 @pytest.mark.parametrize("n_rows", [200, pytest.param(None, marks=pytest.mark.slow)])
 def test_mistrals_own_tokenizers_give_mistrals_own_ids(name, n_rows):
     path = mistral_file(name)
-    tokenizer, own_encode = load(path), own_encoder(path)
+    tokenizer, own_encode = load_tokenizer(path), own_encoder(path)
     for text in TEXTS + SPECIALS + LINES + gsm8k(n_rows):
         assert tokenizer.encode(text) == own_encode(text), repr(text)
         assert tokenizer.decode(tokenizer.encode(text, bos=True)) == text
@@ -465,8 +477,9 @@ def test_mistrals_own_tokenizers_give_mistrals_own_ids(name, n_rows):
     assert tokenizer.decode([tokenizer.vocab_size]) == START_THOUGHT
 
 
-def test_ids_that_the_released_evaluation_relies_on():
-    tokenizer = load(mistral_file("tokenizer.model.v1"))        # newline 13; " A" .. " E"; digits
+def test_ids_that_the_official_evaluation_relies_on():
+    tokenizer = load_tokenizer(mistral_file("tokenizer.model.v1"))
+    # newline 13; " A" .. " E"; digits
     assert tokenizer.encode("a\n")[-1] == 13
     assert [tokenizer.encode(letter) for letter in "ABCDE"] == [[330], [365], [334], [384], [413]]
     assert [tokenizer.encode(f"x{digit}")[-1] for digit in "0123456789"] == [
