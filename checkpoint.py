@@ -1,153 +1,340 @@
-"""What a run leaves behind: whole checkpoints, to use and to go on from with any number of ranks.
+"""Checkpoints: read from any supported layout, write ours, and save and resume training runs.
 
-    out/run/latest                     names the last one; the one before is kept too
-    out/run/step-000100/               config.json, model.safetensors, tokenizer: anyone can load it
-                        state.json     step and settings
-                        optimizer/     AdamW's two moments, each rank's share in a file
+    model = load_model("Mistral-7B-v0.1", dtype=torch.bfloat16)    # a Mistral, or a QuietSTaR
+    python checkpoint.py --checkpoint=DIR --out=DIR --dtype=bfloat16
 
-A checkpoint is written beside its place by all ranks, brought to the disk, and renamed into place
-by rank 0 when all are done. So a kill, a lost rank or a full disk leaves the one before as it was.
+    out/run/latest         names the last checkpoint; the one before is kept too
+    out/run/step-000100/   config.json, model.safetensors, tokenizer; to resume, state.json and
+                           optimizer/, with each rank's share of AdamW's moments
 
-The shares go through torch.distributed.checkpoint, which deals them out again to any layout, in
-safetensors files: its own format keeps an index in a pickle and reads it with plain unpickling,
-which runs whatever code the file holds. Plain values are JSON. Nothing here is ever unpickled.
-
-Left out on purpose: saving while training goes on (at the paper's 100 steps it would hide seconds),
-and keeping more than two.
-
-Read next: config.py
+A run writes a draft, which rank 0 renames when it is whole: a kill leaves the checkpoint before.
+Left out on purpose: downloading, saving while training goes on, and pickles, which can run code.
 """
 import json
 import shutil
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
 
-import distributed as parallel
-import weights
-from config import UserError
-from formats.tensors import checkpoints, rename_folder, stored_tensors, atomic_write
-from model import NextToken
+import config
+from config import UserError, atomic_write, read_json, read_text, rename_folder
+from distributed import Distributed, fail_together, pick_device
+from formats.huggingface import (MARKER_SCALE, file_name, from_config, open_tensors, permute_rope,
+                                 to_config)
+from model import Mistral, ModelConfig
+from thoughts import QuietSTaR, ThoughtConfig, base_model
+from tokenizer import has_tokenizer, load_tokenizer
 
-MOMENTS = "exp_avg", "exp_avg_sq"        # AdamW's, of the gradient and of its square
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MISTRAL_WEIGHTS = "consolidated.safetensors"
+MOMENTS = "exp_avg", "exp_avg_sq"        # AdamW's means of the gradient and of its square
 
 
-def save(out: Path, step: int, objective, optimizer, settings: dict, tokenizer,
-         place: parallel.Place) -> Path:
-    """All ranks call. ValueError, on one of them, if it cannot be written; no draft is left."""
+def find_checkpoint(folder: str | Path) -> Path:
+    """Return `folder`, or the newest checkpoint in it if it is a run's. Raises UserError."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: name a folder that holds a checkpoint")
+    if not (folder / "latest").is_file():
+        return folder
+    whole = [path for path in (*_checkpoints(folder), last_good(folder)) if path.is_dir()]
+    if not whole:
+        raise UserError(f"{last_good(folder)} is gone, as are all other checkpoints of this run")
+    return whole[-1]
+
+
+def last_good(out: Path) -> Path | str:
+    """Return the checkpoint that a run's `latest` names, or "none yet", for a message."""
+    pointer = out / "latest"
+    return out / read_text(pointer).strip() if pointer.is_file() else "none yet"
+
+
+def read_config(folder: str | Path) -> tuple[ModelConfig, ThoughtConfig | None]:
+    """Return a checkpoint's architecture, and the settings of its `quiet_star` section if any."""
+    path, _ = _find_files(Path(folder))
+    return from_config(read_json(path), path)
+
+
+def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32,
+               thought_config: ThoughtConfig | None = None) -> Mistral | QuietSTaR:
+    """Load a checkpoint of any layout: a QuietSTaR if its tensors or its config say so.
+
+    `dtype` None keeps each tensor's own; `thought_config` replaces the stored settings, except
+    `marker_ids`. Raises UserError for anything that is missing, damaged or not supported.
+    """
+    path, file = _find_files(Path(folder))
+    with _or_the_one_before(path.parent):
+        shape, stored_config = read_config(folder)
+        tensors = open_tensors(file)
+    layout = "mistral" if path.name == "params.json" else "ours"
+    if "start_embedding" in tensors:              # its markers own the vocabulary's last two rows
+        layout, V = "official", shape.vocab_size
+        stored_config = stored_config or ThoughtConfig(marker_ids=(V - 2, V - 1))
+    elif "start_thought" in tensors:
+        stored_config = stored_config or ThoughtConfig()
+    # Build without memory; there, `normal_` would do nothing but import for a second.
+    with torch.device("meta"), patch.object(nn.init, "normal_"):
+        model = base = Mistral(shape)
+        if stored_config:
+            settings = thought_config or stored_config
+            model = QuietSTaR(base, replace(settings, marker_ids=stored_config.marker_ids))
+    for name, theirs in _checked_names(path, model, layout, tensors).items():
+        tensor = tensors[theirs].read(dtype, device)
+        if layout == "mistral":
+            tensor = permute_rope(tensor, name, shape)
+        if layout == "official" and name.endswith("_thought"):
+            tensor = (tensor[0].float() * MARKER_SCALE).to(dtype or torch.float32)
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+    if shape.tied:
+        base.head.weight = base.embed.weight
+    return model
+
+
+def load_for_inference(folder: str, device: str, tokenizer) -> Mistral | QuietSTaR:
+    """Load a model to sample or evaluate: float32 on a CPU, bfloat16 on a GPU."""
+    device = pick_device(device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = load_model(find_checkpoint(folder), device, dtype)
+    check_tokenizer(folder, base_model(model).config, tokenizer)
+    return model
+
+
+def check_tokenizer(folder: str | Path, shape: ModelConfig, tokenizer) -> None:
+    """Raise UserError if `tokenizer` is not the checkpoint's own, or is too large for its model."""
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, model "
+                        f"embeds {shape.vocab_size}: it belongs to another model than {folder}")
+    if not Path(folder).is_dir() or not has_tokenizer(find_checkpoint(folder)):
+        return
+    own = load_tokenizer(find_checkpoint(folder))
+    if own.sha256 != tokenizer.sha256:
+        raise UserError(f"{tokenizer.path} is another tokenizer than {own.path}: use that for both")
+
+
+def add_thoughts(model: Mistral, settings: ThoughtConfig, dash_id: int, generator) -> QuietSTaR:
+    """Wrap a model in a QuietSTaR, which predicts as the model does until it is trained.
+
+    Both markers start as the em dash, row `dash_id` of the embedding. New parameters are float32.
+    """
+    embedding_D = model.embed.weight[dash_id].detach()
+    quiet = QuietSTaR(model, settings).init_thoughts(embedding_D.cpu(), generator)
+    return quiet.to(embedding_D.device)
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """List a run's own checkpoints, oldest first; a copy under another name is not one."""
+    own = [path for path in out.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(own, key=lambda path: int(path.name[5:]))
+
+
+def _find_files(folder: Path) -> tuple[Path, Path]:
+    """Return the paths of the config and of the weights or their index; Hugging Face's first."""
+    for config_name, name in (("config.json", INDEX), ("config.json", WEIGHTS),
+                              ("params.json", MISTRAL_WEIGHTS)):
+        if (folder / config_name).exists() and (folder / name).exists():
+            return folder / config_name, folder / name
+    raise UserError(f"{folder} holds no whole checkpoint: config.json and {WEIGHTS} or its index, "
+                    f"or params.json and {MISTRAL_WEIGHTS}; see docs/CHECKPOINTS.md for .bin files")
+
+
+def _checked_names(path: Path, model: nn.Module, layout: str, tensors: dict) -> dict[str, str]:
+    """Return the stored name of every parameter. Raises UserError unless all fit, and no others."""
+    parameters = dict(model.named_parameters())
+    names = {name: file_name(name, layout) for name in parameters}
+    known = {*names.values(), file_name("head.weight", layout)}        # the head may be tied
+    # Old Llama files repeat the frequencies of the rotary positions.
+    unknown = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")} - known
+    absent = set(names.values()) - tensors.keys()
+    for trouble, found in ("has unknown tensors", unknown), ("lacks tensors", absent):
+        if found:
+            raise UserError(f"{path.parent} {trouble}: {min(found)} ({len(found)} in all)")
+    for name, theirs in names.items():
+        stored, implied = tensors[theirs].mapped, tuple(parameters[name].shape)
+        found = tuple(stored.shape)
+        if layout == "official" and name.endswith("_thought"):
+            implied = (2, *implied)
+        if found != implied:
+            raise UserError(f"{theirs}: checkpoint {found}, {path} implies {implied}")
+        if not stored.is_floating_point() or stored.dtype.itemsize == 1:
+            raise UserError(f"{tensors[theirs].file}: quantised {stored.dtype} is not supported")
+    return names
+
+
+def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtype | None = None,
+               shard_bytes: float = 5e9, tokenizer=None,
+               tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Write `model` in our layout, and `tokenizer` beside it. Raises UserError if it cannot.
+
+    `dtype` None keeps each tensor's own, `shard_bytes` bounds a file, `tensors` by name replace the
+    parameters. A killed save leaves no config.json, hence nothing that looks like a checkpoint.
+    """
+    folder, base = Path(folder), base_model(model)
+    thoughts = None if model is base else model.config
+    given = to_config(base.config, thoughts, dtype or base.embed.weight.dtype)
+    # Fill one file after the other.
+    shards, left, total = [], 0.0, 0
+    for name, tensor in (tensors or dict(model.named_parameters())).items():
+        n_bytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if n_bytes > left:
+            shards, left = [*shards, {}], shard_bytes
+        shards[-1][file_name(name, "ours")] = tensor.detach()
+        left, total = left - n_bytes, total + n_bytes
+    entry = INDEX if len(shards) > 1 else WEIGHTS
+    for name in {INDEX, WEIGHTS, MISTRAL_WEIGHTS} - {entry}:
+        if (folder / name).exists():
+            raise UserError(f"{folder} holds another checkpoint ({name}): choose an empty folder")
+    file_of = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if entry == INDEX else WEIGHTS
+        file_of |= dict.fromkeys(shard, file)
+        shard = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in shard.items()}
+        with atomic_write(folder / file) as temporary:
+            (folder / "config.json").unlink(missing_ok=True)
+            save_file(shard, temporary, {"format": "pt"})
+    if entry == INDEX:
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        _write(folder / INDEX, json.dumps(index))
+    if tokenizer:
+        tokenizer.copy_to(folder)
+        given |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    _write(folder / "config.json", json.dumps(given, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+def save_run(out: Path, step: int, model: Mistral | QuietSTaR, optimizer, settings: dict,
+             tokenizer, dist: Distributed) -> None:
+    """Save a step of a run. All ranks call; raises UserError on one, and the others exit."""
     folder, draft = out / f"step-{step:06d}", out / "draft"
-    model = objective.model if isinstance(objective, NextToken) else objective
-    tensors = whole(model, place)
+    tensors = full_parameters(model, dist)
     try:
-        with parallel.together(place), _written(out):
-            if place.writes:
+        with fail_together(dist), _written(out):
+            if dist.is_main:
                 shutil.rmtree(draft, ignore_errors=True)
-                draft.mkdir(parents=True)
-                weights.save(model, draft, tensors=tensors)
-                tokenizer.copy_to(draft)
-        with parallel.together(place), _written(out):
-            _save_shares(_moments(objective, optimizer, step), draft / "optimizer", place)
-        with parallel.together(place), _written(out):
-            if place.writes:
+                save_model(model, draft, tokenizer=tokenizer, tensors=tensors)
+        with fail_together(dist), _written(out):
+            _transfer_moments(model, optimizer, step, draft / "optimizer", dist, save=True)
+            if dist.is_main:          # all ranks have written
                 shares = sorted(path.name for path in (draft / "optimizer").iterdir())
-                text = json.dumps({"step": step, "settings": settings, "shares": shares})
-                atomic_write(draft / "state.json", lambda path: path.write_text(text))
+                state = {"step": step, "settings": settings, "shares": shares}
+                _write(draft / "state.json", json.dumps(state))
                 rename_folder(draft, folder)
-                atomic_write(out / "latest", lambda path: path.write_text(folder.name))
-    except BaseException:
-        if place.writes:
+                _write(out / "latest", folder.name)
+    finally:
+        if dist.is_main:
             shutil.rmtree(draft, ignore_errors=True)
-        raise
-    for old in checkpoints(out)[:-2] if place.writes else ():
-        shutil.rmtree(old)
-    return folder
+            for old in _checkpoints(out)[:-2]:
+                shutil.rmtree(old)
 
 
-def whole(model, place: parallel.Place) -> dict[str, torch.Tensor]:
-    """Every parameter of a model by name, on rank 0. All ranks call; elsewhere it is empty."""
+def full_parameters(model, dist: Distributed) -> dict[str, torch.Tensor]:
+    """Return every parameter by name on rank 0, and nothing elsewhere. All ranks call."""
     tensors = {}
     for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        if place.kind == "fsdp":
-            tensor = tensor.full_tensor().cpu()
-        if place.writes:
-            tensors[name] = tensor
+        full = parameter.full_tensor().cpu() if dist.strategy == "fsdp" else parameter
+        if dist.is_main:
+            tensors[name] = full.detach()
     return tensors
 
 
 @contextmanager
 def _written(out: Path):
-    """One line for whatever kept a file from being written."""
+    """Turn an error in writing into a UserError that names the last good checkpoint."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        pointer = out / "latest"
-        former = out / pointer.read_text() if pointer.is_file() else "none yet"
-        raise UserError(f"cannot save to {out}: {error}; last good checkpoint: {former}") from None
+    except (UserError, OSError, SafetensorError) as error:
+        raise UserError(f"cannot save to {out}: {error}; last good: {last_good(out)}") from None
 
 
 def read_state(folder: Path) -> dict:
-    """`step`, `settings` and the files' names in `shares`. One line if they are damaged."""
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        settings, _, _ = state["settings"], state["step"], state["shares"]
-    except (ValueError, OSError, LookupError, TypeError) as error:
-        raise UserError(f"{folder / 'state.json'} is not readable ({type(error).__name__})"
-                         + other(folder)) from None
-    state["settings"] = {name: tuple(value) if isinstance(value, list) else value
-                         for name, value in settings.items()}           # JSON has no tuples
+    """Return a checkpoint's `step`, `settings`, and the optimizer's file names in `shares`."""
+    with _or_the_one_before(folder):
+        state = read_json(folder / "state.json")
+        if not {"step", "settings", "shares"} <= {*state}:
+            raise UserError(f"{folder}/state.json is damaged")
+    settings = state["settings"].items()          # JSON has no tuples
+    state["settings"] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings}
     return state
 
 
-def load_optimizer(folder: Path, state: dict, objective, optimizer, place: parallel.Place):
-    """Each rank's share of the moments, whoever wrote them, in whatever layout."""
+def load_optimizer(folder: Path, state: dict, model: Mistral | QuietSTaR, optimizer,
+                   dist: Distributed) -> None:
+    """Fill the optimizer's moments, each rank its share, whatever number of ranks saved them."""
+    shares = folder / "optimizer"
+    with _or_the_one_before(folder):
+        for name in state["shares"]:              # of a missing file the loader would make zeros
+            open_tensors(shares / name)
+        _transfer_moments(model, optimizer, state["step"], shares, dist, save=False)
+
+
+@contextmanager
+def _or_the_one_before(folder: Path):
+    """Add to an error in reading a run's checkpoint which other one could be resumed from."""
     try:
-        for name in state["shares"]:              # of a missing one the loader would make zeros
-            stored_tensors(folder / "optimizer" / name)
-        _load_shares(_moments(objective, optimizer, state["step"]), folder / "optimizer", place)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder / 'optimizer'} is not readable: {error}"
-                         + other(folder)) from None
+        yield
+    except UserError as error:
+        others = [path for path in _checkpoints(folder.parent) if path != folder]
+        if not others:
+            raise
+        raise UserError(f"{error}; delete {folder} to go on from {others[-1]}") from None
 
 
-def other(folder: Path) -> str:
-    """What to do about a checkpoint that is damaged."""
-    others = [path for path in checkpoints(folder.parent) if path != folder]
-    return (f": the one before is {others[-1]}; delete {folder} to resume from it" if others
-            else ": there is no earlier one; start again with --init_from=scratch or a checkpoint")
-
-
-def _moments(objective, optimizer, step: int) -> dict[str, torch.Tensor]:
-    """AdamW's state by name, to read from or to write into; zeros where it has none yet."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not optimizer.state[p]:
-                optimizer.state[p] = {"step": torch.full((), float(step), device=p.device),
-                                      **{key: torch.zeros_like(p) for key in MOMENTS}}
-    return {f"{name}.{key}": optimizer.state[p][key]
-            for name, p in objective.named_parameters() for key in MOMENTS}
-
-
-def _save_shares(tensors: dict[str, torch.Tensor], folder: Path, place: parallel.Place):
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    _transfer(save, tensors, place, storage_writer=writer)
-
-
-def _load_shares(tensors: dict[str, torch.Tensor], folder: Path, place: parallel.Place):
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-    _transfer(load, tensors, place, storage_reader=HuggingFaceStorageReader(str(folder)))
-
-
-def _transfer(move, tensors, place: parallel.Place, **storage):
-    """OSError, one line, in place of an exception that is none and holds every rank's traceback."""
-    from torch.distributed.checkpoint.api import CheckpointException
+def _transfer_moments(model, optimizer, step: int, folder: Path, dist: Distributed, save: bool):
+    """Save or load AdamW's moments, each rank its share. Raises UserError."""
+    from torch.distributed import checkpoint as dcp
+    tensors = {}
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        if not state:
+            state["step"] = torch.full((), float(step), device=p.device)
+            state |= {key: torch.zeros_like(p) for key in MOMENTS}
+        tensors |= {f"{name}.{key}": state[key] for key in MOMENTS}
+    common = dict(state_dict=tensors, no_dist=dist.strategy == "none")
     try:
-        with warnings.catch_warnings(action="ignore"):                  # that a process is alone
-            move(tensors, no_dist=place.kind == "none", **storage)
-    except CheckpointException as found:
+        with warnings.catch_warnings(action="ignore"):       # about a process that is alone
+            if save:
+                writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+                dcp.save(storage_writer=writer, **common)
+            else:
+                dcp.load(storage_reader=dcp.HuggingFaceStorageReader(str(folder)), **common)
+    except dcp.CheckpointException as found:          # it is a BaseException
         error, _ = next(iter(found.failures.values()))
-        raise OSError(f"{type(error).__name__}: {error}") from None
+        raise UserError(f"{folder}: {type(error).__name__}: {error}") from None
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    checkpoint: str = ""              # folder to read, in any supported layout
+    out: str = ""                     # folder to write, in our layout
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"  # type of the new tensors
+
+    def __post_init__(self):
+        if not self.checkpoint or not self.out:
+            raise UserError("--checkpoint=FOLDER and --out=FOLDER are needed")
+
+
+def main():
+    (cfg,) = config.parse(ConvertConfig)
+    folder = find_checkpoint(cfg.checkpoint)
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    dtype = None if cfg.dtype == "stored" else getattr(torch, cfg.dtype)
+    model = load_model(folder, dtype=None)
+    with _written(Path(cfg.out)):
+        save_model(model, cfg.out, dtype, tokenizer=tokenizer)
+    print(f"wrote {cfg.out}", "and its tokenizer" if tokenizer else "(there was no tokenizer)")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,209 +1,178 @@
-"""Where a process stands among its fellows, and what is applied *to* a model to run on several.
+"""Distributed training: this process's rank and device, and how a model is wrapped in DDP or FSDP2.
 
-    python train.py ...                                              none: one process
-    torchrun --nproc_per_node=8 train.py ...                         ddp: all hold everything
-    torchrun --nproc_per_node=8 train.py --parallel=fsdp ...         fsdp: each holds an eighth
+    torchrun --nproc_per_node=8 train.py ...                    ddp: each rank holds everything
+    torchrun --nproc_per_node=8 train.py --parallel=fsdp ...    fsdp: each rank holds an eighth
 
-ddp (DistributedDataParallel) sums gradients. fsdp (FSDP2's `fully_shard`) also shards fp32 weights,
-gradients and optimizer state; a block's weights are gathered once a step, by the first sampling
-pass, and stay gathered until its gradient is done: the passes of a step share one gather. Model
-files never import torch.distributed: this page does.
-
-Left out on purpose: tensor and pipeline parallelism, which 7B needs not, hybrid sharding, and
-gathering anew for every pass, which saves memory at T + 2 times the traffic.
-
-Read next: checkpoint.py
+Left out on purpose: tensor and pipeline parallelism, hybrid sharding, and gathering the weights
+anew for each pass, which saves memory at T + 2 times the traffic.
 """
-import hashlib
 import os
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+import torch.distributed as c10d
+from torch.nn.parallel import DistributedDataParallel as DDP
+
 from config import UserError
 
 
 @dataclass(frozen=True)
-class Place:
-    """One process of `world`; rank 0 prints and writes, all of them compute."""
+class Distributed:
+    """One process among `world_size`. All ranks compute, rank 0 prints and writes."""
     rank: int
-    world: int
+    world_size: int
     device: torch.device
-    kind: str = "none"                # none | ddp | fsdp
+    strategy: str = "none"            # none | ddp | fsdp: weights, gradients, AdamW in shards
 
     @property
-    def writes(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
 
+SINGLE = Distributed(0, 1, torch.device("cpu"))
+
+
 def pick_device(name: str) -> torch.device:
-    """`name` auto (CUDA if it is there), cpu or cuda; this process's own among several."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device={name} is not one of auto, cpu, cuda")
-    if name == "cuda" and not torch.cuda.is_available():
+    """Return the device for auto (CUDA if there is one), cpu or cuda: this process's own GPU."""
+    index, n_devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if name == "cuda" and not n_devices:
         raise UserError("--device=cuda, but this PyTorch sees no CUDA device: use --device=cpu")
-    if name == "cpu" or not torch.cuda.is_available():
+    if name == "cpu" or not n_devices:
         return torch.device("cpu")
-    here, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if here >= there:
-        raise UserError(f"process {here} of this node has no GPU of its own: there are {there}; "
-                         "lower --nproc_per_node")
-    return torch.device("cuda", here)
+    if index >= n_devices:
+        raise UserError(f"no GPU is left for process {index}: --nproc_per_node={n_devices} at most")
+    return torch.device("cuda", index)
 
 
-def join(device: str, kind: str = "auto") -> Place:
-    """Take the place that torchrun's environment gives, or be alone: one process needs no `kind`.
-
-    auto is ddp for several processes.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if kind == "none" and world > 1:
-        raise UserError(f"--parallel=none, but torchrun started {world} processes: choose "
-                         "--parallel=ddp or fsdp")
-    here = pick_device(device)
-    if here.type == "cuda":
-        torch.cuda.set_device(here)
-    if "RANK" in os.environ:
-        # A restarted torchrun hands out the same store: keep away from what the dead left in it.
-        store, _, _ = next(dist.rendezvous("env://"))
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:       # one node counts
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if here.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timedelta(hours=2))   # 87 GB to a disk
-    return Place(rank, world, here, "none" if world == 1 else "ddp" if kind == "auto" else kind)
+def init_distributed(device: str, strategy: str = "auto") -> Distributed:
+    """Join the processes that torchrun started, if it did; `strategy` auto then means ddp."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    own_device = pick_device(device)
+    if world_size == 1:
+        return Distributed(rank, world_size, own_device)
+    if strategy == "none":
+        raise UserError(f"--parallel=none, but torchrun started {world_size} processes: use ddp")
+    backend = {"cpu": "gloo", "cuda": "nccl"}[own_device.type]
+    if backend == "nccl":
+        torch.cuda.set_device(own_device)
+    store, _, _ = next(c10d.rendezvous("env://"))
+    # A restarted torchrun hands out the store of dead processes: keep apart from their keys.
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = c10d.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    c10d.init_process_group(backend, None, timedelta(hours=2), world_size, rank, store)
+    return Distributed(rank, world_size, own_device, strategy.replace("auto", "ddp"))
 
 
-def leave():
-    """Without this some backends abort at exit."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def cleanup() -> None:
+    """Leave the process group; without this some backends abort at exit."""
+    if c10d.is_initialized():
+        c10d.destroy_process_group()
 
 
-def restarts() -> bool:
-    """Does torchrun restart what dies (--max-restarts)? All nodes agree on it, not on counts."""
+def restarts_enabled() -> bool:
+    """Return whether torchrun restarts dead processes (--max-restarts), the same on all nodes."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
-def spread(objective, place: Place, dtype: torch.dtype = torch.float32):
-    """The objective to call, on its device; its parameters, now in fp32, are the ones to optimize.
-    `dtype`: of the matrix products, and so of what fsdp gathers of the blocks."""
-    if place.kind == "fsdp":
-        return _shard(objective, place, dtype)
-    objective.to(place.device, torch.float32)
-    if place.kind == "none":
-        return objective
-    return DistributedDataParallel(objective, gradient_as_bucket_view=True,     # else held twice
-                                   device_ids=None if place.device.type == "cpu" else
-                                   [place.device.index])
-
-
-def _shard(objective, place: Place, dtype: torch.dtype):
-    """A group to gather for each block, and one for the rest.
-
-    Autocast does the casting: only the large matrices are gathered as bf16, the rest stays fp32,
-    and so does the stream through the blocks, as without fsdp. Inputs keep their types: they hold
-    counts and uniform numbers.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
-                                        register_fsdp_forward_method)
-    kept = dict(mesh=init_device_mesh(place.device.type, (place.world,)),
-                reshard_after_forward=False)
-    half = dict(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else {}
+def parallelize(objective, dist: Distributed, dtype: torch.dtype = torch.float32):
+    """Return the module to call. The parameters of `objective` move to the device, as fp32."""
+    if dist.strategy == "none":
+        return objective.to(dist.device, torch.float32)
+    if dist.strategy == "ddp":        # gradients as views of its buckets: otherwise both are held
+        return DDP(objective.to(dist.device, torch.float32), gradient_as_bucket_view=True)
+    from torch.distributed import fsdp
+    # Each block is a group of shards, gathered once a step as `dtype`; the rest stays fp32.
+    mesh = c10d.init_device_mesh(dist.device.type, (dist.world_size,))
+    common = dict(mesh=mesh, reshard_after_forward=False)
+    # Autocast casts the inputs: the residual stream stays fp32, as without fsdp.
+    fp32 = fsdp.MixedPrecisionPolicy(cast_forward_inputs=False)
+    policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in objective.model.layers:
-        block.float()                        # one at a time: no rank ever holds all of it in fp32
-        fully_shard([block.attention, block.ffn], **kept,
-                    mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False, **half))
-        # Else a block that ran many passes is gathered once more when it is done:
+        block.float()                 # one at a time: no rank ever holds the whole model in fp32
+        fsdp.fully_shard([block.attention, block.ffn], mp_policy=policy, **common)
+        # Otherwise a block that ran many passes is gathered once more when it is done.
         block.attention.set_modules_to_backward_prefetch([block.attention])
-    objective.float()
-    fully_shard(objective, **kept, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    objective.two_phase = True        # else gradients are exchanged after each pass of a thought
-    objective.gathered_call = lambda run: run()
-    register_fsdp_forward_method(objective, "gathered_call")
+    fsdp.fully_shard(objective.float(), mp_policy=fp32, **common)
+    # FSDP gathers weights for `forward` only: `unsharded` needs a method that does the same.
+    objective.run_unsharded = lambda run: run()
+    fsdp.register_fsdp_forward_method(objective, "run_unsharded")
     return objective
 
 
-def gathered(objective, place: Place, run):
-    """`run()` where any method of `objective` may be called and any parameter read."""
-    if place.kind != "fsdp":
+def unsharded(objective, dist: Distributed, run):
+    """Return `run()`, which may call any method of `objective` and read any parameter."""
+    if dist.strategy != "fsdp":
         return run()
-    result = objective.gathered_call(run)
+    result = objective.run_unsharded(run)
     for module in objective.modules():
         if hasattr(module, "reshard"):
             module.reshard()
     return result
 
 
-def meet(objective, place: Place, now: bool):
-    """Whether the next backward exchanges gradients: only a step's last micro-batch has to."""
-    if place.kind == "ddp":
+def set_gradient_sync(objective, dist: Distributed, now: bool) -> None:
+    """Set whether the next backward exchanges gradients: a step's last micro-batch has to."""
+    if dist.strategy == "ddp":
         objective.require_backward_grad_sync = now
-    if place.kind == "fsdp":
+    if dist.strategy == "fsdp":
         objective.set_requires_gradient_sync(now)
         objective.set_reshard_after_backward(now)
 
 
-def clip(objective, most: float):
-    """Scale the gradients to a norm of at most `most`; the norm they had, over all shards."""
-    norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), most)
+def clip_gradients(objective, max_norm: float):
+    """Scale the gradients to at most `max_norm`; return the norm before, over all shards."""
+    norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), max_norm)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def rows_of(place: Place, n_rows: int, n_micro_batches: int) -> list[range]:
-    """This rank's rows of a step's `n_rows`, cut into micro-batches."""
-    size, rest = divmod(n_rows, place.world * n_micro_batches)
+def micro_batches_of_rank(dist: Distributed, n_rows: int, n_micro_batches: int) -> list[range]:
+    """Cut this rank's share of a step's `n_rows` texts into micro-batches of row numbers."""
+    size, rest = divmod(n_rows, dist.world_size * n_micro_batches)
     if rest:
-        raise UserError(f"--batch_size={n_rows} does not divide into {place.world} ranks x "
-                         f"--grad_accum={n_micro_batches}")
-    first = place.rank * n_micro_batches
+        raise UserError(f"--batch_size={n_rows} does not divide into {dist.world_size} ranks x "
+                        f"--grad_accum={n_micro_batches}")
+    first = dist.rank * n_micro_batches
     return [range(size * i, size * (i + 1)) for i in range(first, first + n_micro_batches)]
 
 
-def total(tensor):
-    """The sum over all ranks, on all ranks."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+def all_reduce_sum(tensor):
+    """Return the sum over all ranks, on all ranks."""
+    if c10d.is_initialized():
         tensor = tensor.clone()
-        dist.all_reduce(tensor)
+        c10d.all_reduce(tensor)
     return tensor
 
 
-def of_each_rank(values: list[int], place: Place):
-    """[world, n] on all ranks."""
-    everyone = torch.zeros(place.world, len(values), dtype=torch.long, device=place.device)
-    everyone[place.rank] = torch.tensor(values)
-    return total(everyone)
+def all_gather_ints(values: list[int], dist: Distributed):
+    """Return every rank's `values`, [world_size, n], on all ranks."""
+    table = torch.zeros(dist.world_size, len(values), dtype=torch.long, device=dist.device)
+    table[dist.rank] = torch.tensor(values)
+    return all_reduce_sum(table)
 
 
-def agree(facts: dict[str, object], place: Place):
-    """ValueError, on one rank, that names the facts which are not the same on all ranks.
-
-    Hashes meet, as plain integers; no rank unpickles what another sent.
-    """
-    def first_to_differ(values) -> tuple[int, list[str]]:
-        hashed = [int(hashlib.sha256(repr(v).encode()).hexdigest()[:15], 16) for v in values]
-        differs = of_each_rank(hashed, place) != torch.tensor(hashed, device=place.device)
-        return int(differs.any(1).byte().argmax()), differs.any(0).tolist()
-    with together(place):
-        rank, which = first_to_differ([list(facts)])     # of other code: the rest may not line up
-        rank, which = (rank, which) if any(which) else first_to_differ(facts.values())
-        if any(which) and place.writes:
-            names = ", ".join(name for name, differs in zip(facts, which) if differs)
-            raise UserError(f"rank {rank} is not like rank 0 in {names}: start all ranks with the "
-                             "same command, code and files")
+def check_same_on_all_ranks(facts: dict[str, object], dist: Distributed) -> None:
+    """Raise UserError, on rank 0, that names the facts which differ; other ranks exit."""
+    # Checksums are plain integers: no rank unpickles what another sent.
+    table = all_gather_ints([zlib.crc32(repr(fact).encode()) for fact in facts.values()], dist)
+    rows, columns = (table != table[0]).nonzero(as_tuple=True)
+    with fail_together(dist):
+        if dist.is_main and len(rows):
+            names = [name for i, name in enumerate(facts) if i in columns]
+            raise UserError(f"rank {rows[0]} is not like rank 0 in {', '.join(names)}: start all "
+                            "ranks with the same command and files")
 
 
 @contextmanager
-def together(place: Place):
-    """All ranks leave this block well, or none does: one raises its error, the others just end."""
+def fail_together(dist: Distributed):
+    """Stop all ranks if a UserError is raised on any: the first raises it, the others exit."""
     error = None
     try:
         yield
-    except (ValueError, OSError) as caught:
+    except UserError as caught:
         error = caught
-    failed = of_each_rank([error is not None], place).flatten().nonzero().flatten().tolist()
-    if failed:
-        raise error if error and place.rank == failed[0] else SystemExit(2)
+    failed = all_gather_ints([error is not None], dist).flatten()
+    if failed.any():
+        raise error if error and dist.rank == int(failed.argmax()) else SystemExit(2)

@@ -15,11 +15,10 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 import torch.distributed.checkpoint  # noqa: F401  once for all ranks
 import torch.distributed.fsdp  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,12 +28,10 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import checkpoint  # noqa: E402
 import config  # noqa: E402
-import distributed as parallel  # noqa: E402
-from tools import memory as plan  # noqa: E402
+import distributed  # noqa: E402
 import toys  # noqa: E402
 import train as training  # noqa: E402
-from model import ModelConfig, NextToken  # noqa: E402
-from thoughts import ThoughtConfig  # noqa: E402
+from thoughts import denominators  # noqa: E402
 
 
 def train(*argv):
@@ -44,11 +41,6 @@ def train(*argv):
 
 def elastic(*argv):
     os.environ["TORCHELASTIC_MAX_RESTARTS"] = "1"
-    train(*argv)
-
-
-def train_with_code_in(folder, *argv):
-    training.__file__ = f"{folder}/train.py"
     train(*argv)
 
 
@@ -70,58 +62,31 @@ class Exchanges(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(kind, accumulate, objective, tied, recompute):
+def step(strategy, grad_accum, objective, tied, recompute):
     """One training step on this rank's share of 4 texts; what was sampled, learnt and exchanged."""
     quiet = toys.tiny_quiet(model=dict(tied=tied == "tied"))
     quiet.model.recompute = int(recompute == "recompute")
-    own = quiet if objective == "quiet" else NextToken(quiet.model)
-    place = parallel.join("cpu", kind)
-    spread, comm, thoughts = parallel.spread(own, place), Exchanges(), []
+    own = quiet if objective == "quiet" else training.PlainObjective(quiet.model)
+    dist = distributed.init_distributed("cpu", strategy)
+    wrapped, comm, thoughts = distributed.parallelize(own, dist), Exchanges(), []
     ids_BL, uniform_BNPT = toys.texts(4, 8), toys.uniforms(4, 2, 7, 3)
-    rows = parallel.rows_of(place, 4, int(accumulate))
+    micro_batches = distributed.micro_batches_of_rank(dist, 4, int(grad_accum))
     with comm:
-        for i, r in enumerate(rows):
-            parallel.meet(spread, place, i == len(rows) - 1)
-            valid_BL = torch.ones(len(r), 8, dtype=torch.bool)
-            more = dict(uniform_BNPT=uniform_BNPT[r]) if objective == "quiet" else {}
-            terms = training.denominators(valid_BL, quiet.config) * 4 / len(r)
-            outcome = spread(ids_BL[r], valid_BL, terms=terms, **more)
-            (outcome.loss * place.world).backward()
-            thoughts += outcome.thought_BNPT.tolist() if objective == "quiet" else []
-    norm = parallel.clip(own, 1e9).item()
-    predicted = parallel.gathered(own, place, lambda: quiet.predict(ids_BL)[1].sum().item())
-    whole = checkpoint.whole(own, place)
-    del spread
-    parallel.leave()
+        for i, rows in enumerate(micro_batches):
+            distributed.set_gradient_sync(wrapped, dist, i == len(micro_batches) - 1)
+            valid_BL = torch.ones(len(rows), 8, dtype=torch.bool)
+            more = dict(uniform_BNPT=uniform_BNPT[rows]) if objective == "quiet" else {}
+            counts = denominators(valid_BL, quiet.config) * 4 / len(rows)
+            losses = wrapped(ids_BL[rows], valid_BL, counts=counts, **more)
+            (losses.loss * dist.world_size).backward()
+            thoughts += losses.thought_BNPT.tolist() if objective == "quiet" else []
+    norm = distributed.clip_gradients(own, 1e9).item()
+    predicted = distributed.unsharded(own, dist, lambda: quiet.predict(ids_BL)[1].sum().item())
+    whole = checkpoint.full_parameters(own, dist)
+    del wrapped
+    distributed.cleanup()
     print(json.dumps(dict(thoughts=thoughts, counts=dict(comm.counts), norm=norm,
                           predicted=predicted, n_whole=len(whole))))
-
-
-def measure(kind, *argv):
-    """Bytes that live at the peak of a second step, counted by operator, and what plan.py says."""
-    cfg, m, c = config.parse(plan.PlanConfig, ModelConfig, ThoughtConfig, argv=argv)
-    place = parallel.join("cpu", kind)
-    ids_BL = toys.texts(cfg.batch_size * cfg.grad_accum, cfg.seq_len, m.vocab_size)
-    uniform_BNPT = toys.uniforms(len(ids_BL), c.n_thoughts, cfg.length - 1, c.thought_len)
-    with plan.Live() as live:
-        quiet = toys.tiny_quiet(model=asdict(m), **asdict(c))
-        quiet.model.recompute = cfg.recompute
-        spread = parallel.spread(quiet, place, getattr(torch, cfg.dtype))
-        optimizer = torch.optim.AdamW(quiet.parameters(), fused=True)
-        for live.counts in (False, True):
-            for i in range(cfg.grad_accum):
-                rows = slice(cfg.batch * i, cfg.batch * (i + 1))
-                parallel.meet(spread, place, i == cfg.accumulate - 1)
-                with torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-                    outcome = spread(ids_BL[rows], ids_BL[rows] >= 0,
-                                     uniform_BNPT=uniform_BNPT[rows])
-                outcome.loss.backward()
-            parallel.clip(quiet, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    del spread
-    parallel.leave()
-    print(json.dumps(dict(measured=live.most)))
 
 
 def start(words: list[str], rank: int, world: int, port: int, file) -> int:
@@ -170,7 +135,7 @@ def made(path: str) -> int:
 
 def run(ranks: list[list[str]], kill=None) -> dict:
     before = made(kill[1]) if kill else 0
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     files = [tempfile.TemporaryFile() for _ in ranks]
     pids = [start(words, rank, len(ranks), store.port, file)
             for rank, (words, file) in enumerate(zip(ranks, files))]
