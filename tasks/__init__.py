@@ -1,0 +1,1 @@
+"""Tasks: the shell game, questions with answers, the lm-evaluation-harness, intervals."""

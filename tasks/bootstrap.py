@@ -1,171 +1,157 @@
-"""How sure one can be: intervals, paired differences, a control, and rows that outlive a crash.
+"""Confidence intervals, paired differences, a control for sharpening, and results on disk.
 
-What is drawn anew by the bootstrap is a *unit*: a text or a question, never a token, because the
-tokens of one text are not independent. A measure is a sum for each unit beside a count of what was
-added up, so its mean is a ratio, and two measures of the same units are compared pair by pair: what
-makes one question harder than another is in neither the difference nor its interval.
+The bootstrap draws whole clusters (texts or questions), because the tokens of one text are not
+independent. A measure is one sum per cluster, and "count" says how many values were added up.
 
 Left out on purpose: tests of significance. An interval of a paired difference says more.
-
-Read next: tasks.py
 """
 import json
-import os
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
-import distributed as parallel
-import weights
-from config import UserError
-from formats.tensors import read_json
+from config import UserError, read_json, read_text
 
-N_BOOTSTRAP = 1000
-TEMPERATURES = 2.0 ** (np.arange(-12, 9) / 4)      # 1/8 to 4, and 1 among them
-PLAIN = int(np.argmin(abs(TEMPERATURES - 1)))
-VARIANTS = {"base": "not thinking", "sharp": "not thinking, temperature_scaled", "mixed": "thinking"}
-
-
-def interval(total_U, count_U=None) -> dict[str, float]:
-    """The mean of what was added up, and its 95 % bootstrap interval over the units."""
-    total_U = np.asarray(total_U, float)
-    count_U = np.ones(len(total_U)) if count_U is None else np.asarray(count_U, float)
-    equal = np.full(len(total_U), 1 / len(total_U))
-    draws = np.random.default_rng(0).multinomial(len(total_U), equal, size=N_BOOTSTRAP)
-    low, high = np.percentile(draws @ total_U / (draws @ count_U), (2.5, 97.5))
-    return dict(mean=float(total_U.sum() / count_U.sum()), low=float(low), high=float(high))
+TEMPERATURES = 2.0 ** (np.arange(-12, 9) / 4)      # 1/8 to 4
+UNSCALED = 12                                      # index of temperature 1
+TABLE_COLUMNS = {                                  # heading: name of the measure
+    "not thinking": "{0}_base",
+    "not thinking, scaled": "{0}_scaled",
+    "thinking": "{0}_mixed",
+    "thinking - not thinking": "{0}_mixed-{0}_base",
+    "thinking - scaled": "{0}_mixed-{0}_scaled"}
+BIN_ROW = ("{tokens:8d} {entropy_base:8.3f} {nll_base:9.3f} {nll_mixed:10.3f} {mixing_weight:+7.3f}"
+           "  {gain:+.4f} [{interval_gain[0]:+.4f}, {interval_gain[1]:+.4f}]")
+TABLE_ROW = "{:8s}" + "{:>28s}" * len(TABLE_COLUMNS)
 
 
-def temperature_scaled(value_RK, unit_R, least: bool):
-    """What the base alone reaches by a temperature: the control for a gain by sharpening.
+def bootstrap_ci(total_C, count_C) -> dict:
+    """Return `mean`, `low` and `high` (95 %) of values with these sums and counts per cluster."""
+    n = len(total_C)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)
+    means = drawn @ total_C / (drawn @ count_C)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return dict(mean=np.sum(total_C) / np.sum(count_C), low=low, high=high)
 
-    `value_RK` at each of TEMPERATURES. The temperature of every second unit is the one at which the
-    mean of the *other* units is least (a loss) or greatest: fitted on held-out text, and nothing
-    held out is lost. Returns value_R and the two temperatures.
+
+def temperature_scaled(value_RK, cluster_R, least: bool):
+    """Return value_R of the base model after temperature scaling, and the two temperatures.
+
+    A gain from thinking may be mere sharpening. value_RK has a column for each of TEMPERATURES.
+    Even clusters take the best one of the odd clusters and vice versa. `least`: lower is better.
     """
-    value_R, fitted = value_RK[:, PLAIN].copy(), []
+    value_R = value_RK[:, UNSCALED].copy()
+    loss_RK = value_RK if least else -value_RK
+    temperatures = []
     for half in (0, 1):
-        here_R = unit_R % 2 == half
-        others_RK = value_RK[~here_R]
-        best = PLAIN                                    # a single text has no others to learn from
-        if len(others_RK):
-            best = int((np.argmin if least else np.argmax)(others_RK.mean(0)))
-        value_R[here_R] = value_RK[here_R, best]
-        fitted.append(float(TEMPERATURES[best]))
-    return value_R, fitted
+        own_R = cluster_R % 2 == half
+        best = UNSCALED                            # a text alone leaves no others to fit on
+        if not own_R.all():
+            best = loss_RK[~own_R].mean(0).argmin()
+        value_R[own_R] = value_RK[own_R, best]
+        temperatures.append(TEMPERATURES[best])
+    return value_R, temperatures
 
 
-def summary(units: dict[str, np.ndarray]) -> dict[str, dict]:
-    """The mean of every measure but `count`, which says how much was added up in each unit.
-
-    Where MEASURE_mixed stands beside MEASURE_base or _sharp, also what thinking changed, in pairs:
-    in `nll_mixed-nll_base` less is better, in the others more.
-    """
-    count_U = units["count"]
-    result = {name: interval(units[name], count_U) for name in units if name != "count"}
-    for name in [name for name in units if name.endswith("_mixed")]:
-        for other in (name.replace("_mixed", "_base"), name.replace("_mixed", "_sharp")):
-            if other in units:
-                result[f"{name}-{other}"] = interval(units[name] - units[other], count_U)
-    return result
+def summary(clusters: dict) -> dict:
+    """Return mean and interval of each measure, and of each _mixed minus its _base or _scaled."""
+    values = dict(clusters)
+    count_C = values.pop("count")
+    for name in [*values]:
+        for variant in ("_base", "_scaled"):
+            other = name.replace("_mixed", variant)
+            if other != name and other in clusters:
+                values[f"{name}-{other}"] = clusters[name] - clusters[other]
+    return {name: bootstrap_ci(value_C, count_C) for name, value_C in values.items()}
 
 
-def compare(result: dict, path: str) -> dict[str, dict]:
-    """What this result has beyond that of another json, pair by pair. ValueError if it is of other
-    texts, tokens or questions."""
-    other = read_json(Path(path))
-    if not isinstance(other, dict) or other.get("of") != result["of"]:
-        found = other.get("of") if isinstance(other, dict) else "something else"
-        raise UserError(f"{path} is of {found}, not of {result['of']}: only the same texts or "
-                         "questions can be compared")
-    mine, theirs = result["units"], other["units"]
-    if list(theirs["count"]) != list(mine["count"]):
-        raise UserError(f"{path} counts other tokens of the same texts: only the same tokens can "
-                         "be compared")
-    return {name: interval(np.subtract(mine[name], theirs[name]), mine["count"])
-            for name in mine if name in theirs and name != "count"}
+def paired_differences(result: dict, path: str) -> dict:
+    """Return mean and interval of this result minus that of a json file on the same clusters."""
+    other, wanted = read_json(path), result["dataset_id"]
+    if not isinstance(other, dict):
+        other = {}
+    mine, others = result["clusters"], other.get("clusters", {})
+    count_C = list(mine["count"])
+    if other.get("dataset_id") != wanted or others["count"] != count_C:
+        raise UserError(f"{path} is of other texts or questions than {wanted}, or counts other "
+                        "tokens of the same texts: only the same can be compared")
+    names = [name for name in mine if name in others and name != "count"]
+    return {name: bootstrap_ci(np.subtract(mine[name], others[name]), count_C) for name in names}
 
 
-def table(result: dict[str, dict]) -> str:
-    """A line for each measure, a column for each of VARIANTS, then what thinking changed."""
-    measures = dict.fromkeys(name.rpartition("_")[0] for name in result
-                             if name.endswith("_base") and "-" not in name)
-    heads = [*VARIANTS.values(), "thinking - not", "thinking - temperature_scaled"]
-    lines = [" " * 8 + "".join(f"{head:>28s}" for head in heads)] if measures else []
-    for m in measures:
-        names = [f"{m}_{variant}" for variant in VARIANTS]
-        names += [f"{m}_mixed-{m}_base", f"{m}_mixed-{m}_sharp"]
-        lines.append(f"{m:8s}" + "".join(f"{cell(result.get(n), '-' in n):>28s}" for n in names))
-    others = [n for n in result if n.rpartition("_")[0] not in measures and "-" not in n]
-    return "\n".join([*lines, *(f"{name:36s}{cell(result[name])}" for name in others)])
+def format_table(result: dict) -> str:
+    """Lay out a summary: a line for each measure with its variants, then all other measures."""
+    single = [name for name in result if "-" not in name]
+    measures = [name.removesuffix("_base") for name in single if name.endswith("_base")]
+    lines = [TABLE_ROW.format("", *TABLE_COLUMNS)] if measures else []
+    for measure in measures:
+        names = [pattern.format(measure) for pattern in TABLE_COLUMNS.values()]
+        cells = [format_cell(result.get(name), "-" in name) for name in names]
+        lines.append(TABLE_ROW.format(measure, *cells))
+    for name in single:
+        if name.rpartition("_")[0] not in measures:
+            lines.append(f"{name:36s}{format_cell(result[name])}")
+    return "\n".join(lines)
 
 
-def cell(value: dict | None, signed: bool = False) -> str:
+def format_cell(value: dict | None, signed: bool = False) -> str:
+    """Write a mean and its interval, "0.1234 [0.1000, 0.1500]", or "-" for None."""
     if value is None:
         return "-"
-    digits = ("+" if signed else "") + (".4f" if abs(value["high"]) < 10 else ".2f")
-    mean, low, high = (f"{value[name]:{digits}}" for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    digits = ".4f" if abs(value["high"]) < 10 else ".2f"
+    return "{mean:{0}} [{low:{0}}, {high:{0}}]".format("+" * signed + digits, **value)
 
 
-class Progress:
-    """Work done, rate and time left, on stderr: each second on a screen, twice a minute elsewhere.
+def bin_scores(scores: dict, by: str) -> list:
+    """Return ten bins of equally many tokens, from the least to the greatest `by`."""
+    order = np.argsort(scores[by], kind="stable")
+    gain = scores["nll_base"] - scores["nll_mixed"]
+    bins = []
+    for part in filter(len, np.array_split(order, 10)):
+        row = {"tokens": len(part)}
+        for name in ("nll_base", "nll_mixed", "entropy_base", "mixing_weight"):
+            row[name] = scores[name][part].mean()
+        _, text = np.unique(scores["text"][part], return_inverse=True)
+        interval = bootstrap_ci(np.bincount(text, gain[part]), np.bincount(text))
+        row["gain"] = interval["mean"]
+        row["interval_gain"] = interval["low"], interval["high"]
+        bins.append(row)
+    return bins
 
-    The longest texts come first, so what is left takes rather less."""
-    def __init__(self, n_work: int, what: str, place: parallel.Place, tell: bool = True):
-        self.n_work, self.what, self.done = max(1, n_work), what, 0
-        self.tell = tell and place.writes
-        self.started = self.told = time.monotonic()
-        self.wait = 1 if sys.stderr.isatty() else 30                   # seconds
 
-    def __call__(self, work: int):
-        self.done += work
-        now = time.monotonic()
-        if self.tell and now - self.told > self.wait:
-            self.told, spent = now, now - self.started
-            left = spent * (self.n_work - self.done) / self.done
-            print(f"{self.what}: {self.done / self.n_work:.0%} in {spent:.0f} s, {left:.0f} s left",
-                  file=sys.stderr, end="\r" if self.wait == 1 else "\n", flush=True)
+def format_bins(bins: list) -> str:
+    """Lay out the bins of bin_scores, a line for each."""
+    lines = [BIN_ROW.format(**row) for row in bins]
+    return "\n".join(["  tokens  entropy  base nll  mixed nll  weight  gain", *lines])
 
 
 class ResultsFile:
-    """A jsonl file: what it is of, then a line per question in the order in which they were done.
+    """A jsonl file of results: `rows` by question number, each with the settings it was made with.
 
-    Every rank appends its own lines, each whole batch in one write (a local disk keeps writes
-    apart). What is there already is not done again; a line that was cut is. ValueError if the file
-    is of something else.
+    Every rank appends to it. Raises UserError if it was made with other settings.
     """
-    def __init__(self, path: str, of: dict, place: parallel.Place):
-        self.path = Path(path)
-        if place.writes:
-            rows = self.lines() if self.path.is_file() else []
-            if len(rows) > 1 and rows[0] != of:
-                key = next((k for k in of if rows[0].get(k) != of[k]), "what it holds")
-                raise UserError(f"{path} was made with another {key} ({rows[0].get(key)}, now "
-                                 f"{of.get(key)}): delete it, or choose another --out")
-            text = "".join(json.dumps(row) + "\n" for row in [of, *rows[1:]])
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.settings = path, settings
+        self.rows = {}
+        text = read_text(path) if path.is_file() else ""
+        for line in text.splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:           # empty, or cut by a crash
+                continue
+            found = row["settings"]
+            other = {name: found[name] for name in found if found[name] != settings.get(name)}
+            if other:
+                raise UserError(f"{path} was made with {other}: delete it or choose another --out")
+            self.rows[row["number"]] = row
+
+    def add(self, rows: list) -> None:
+        """Append the results that were not in the file at the start, in a single write."""
+        new = [row | {"settings": self.settings} for row in rows if row["number"] not in self.rows]
+        text = "\n".join(["", *map(json.dumps, new), ""])   # "": a crash may have cut a line
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            weights.atomic_write(self.path, lambda path: path.write_text(text))
-        self.wait(place)
-        self.done = self.rows()
-
-    def wait(self, place: parallel.Place):
-        """Until all ranks are here: a GPU's sum is not there before it is read."""
-        parallel.total(torch.zeros(1, device=place.device)).item()
-
-    def lines(self) -> list[dict]:
-        """Those that are whole."""
-        return [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
-
-    def rows(self) -> dict[int, dict]:
-        """By question number, rising."""
-        return {row["number"]: row for row in sorted(self.lines()[1:], key=lambda r: r["number"])}
-
-    def add(self, rows: list[dict]):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(text.encode())
-            os.fsync(file.fileno())
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error

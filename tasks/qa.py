@@ -1,177 +1,295 @@
-"""Questions with known answers: GSM8K and CommonsenseQA, and what a prediction of them is worth.
+"""GSM8K and CommonsenseQA: ask a model their questions, directly or by votes of its reasoning.
 
-    Q: How many ...?                Q: Where would you find magazines ...?
-    A: 72                           (A) doctor ... (E) mortuary
-                                    A: B
+    python eval.py --checkpoint=out/quiet --task=gsm8k --file=gsm8k_test.jsonl [--votes=8]
 
-The model reads the text up to `A:` and predicts the answer directly, without working. A prediction
-of its tokens, newline included, is worth
+The text up to `A:` is read, and the predictions of the answer's tokens, newline included, give
   nll    -log p of the answer (nats)
   soft   the official code's "accuracy": the probability of the answer's tokens, each among the
-         digits or letters and the newline only. Quirks kept: `,` `.` `-` `%` cost nothing, and an
-         answer that does not begin with a digit, a negative one too, counts as a letter, so that
-         only its newline is scored. It is a probability under teacher forcing, which rises by mere
-         sharpening, so it is never shown without the temperature_scaled base (evidence.py)
-  right  CommonsenseQA: is the best of the five letters the right one
-  exact  GSM8K: is the answer, decoded greedily, the right number; its sign counts, commas do not
+         digits or letters and the newline only. Its quirks are kept: `,` `.` `-` `%` cost nothing,
+         and an answer that does not begin with a digit has only its newline scored. Sharpening
+         raises it. If the tokenizer merges digits, it is the probability of the whole answer.
+  right  CommonsenseQA: the best of the five letters is the right one
+  exact  GSM8K: the greedily decoded answer is the right number; its sign counts, commas do not
+Votes are zero-shot chains of thought, in the two stages of the official evaluation:
+  majority           the most frequent answer is right; an answer without a number has no vote
+  majority_official  the same for the first run of digits, where "no number" may win
+  one_vote           the share of the votes that are right
 
-Which ids are digits, letters and the newline is found by asking the tokenizer. One that merges
-digits has no such alphabet; then `soft` is the probability of the whole answer, exp(-nll).
-
-Left out on purpose: downloads, few-shot prompts, and other tasks, for which there is harness.py.
-
-Read next: ask.py
+Left out on purpose: the official code's loss of the first "Q:" and its second bos at the end of a
+chain; downloads, few-shot prompts, and other tasks (tasks/lm_eval_harness.py).
 """
+import hashlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import torch
 
-import data
-from config import UserError
+from checkpoint import find_checkpoint
+from config import Progress, UserError
+from data import read_rows
+from distributed import fail_together
+from inference import complete
+from scoring import answer_logits, thinks
+from tasks.bootstrap import TEMPERATURES, UNSCALED, ResultsFile, temperature_scaled
 
-TASKS = ("gsm8k", "commonsense_qa")
-MARKER, LETTERS = "\nA:", "ABCDE"
-OFFICIAL_SEED = 42                        # of the official code's choice of questions
+ANSWER_MARKER = "\nA:"
+LETTERS = "ABCDE"
+STEP_BY_STEP = ANSWER_MARKER + " Let's think step by step."
+CONCLUSION = {
+    "gsm8k": "\nTherefore, the answer (arabic numerals) is",                 # the official code's
+    "commonsense_qa": "\nTherefore, among A through E, the answer is"}       # arXiv 2205.11916
+CONCLUSION_TOKENS = 12                    # the official code's
+VOTE_PATTERN = {"gsm8k": r"-?\s?\$?\d[\d,]*(?:\.\d+)?", "commonsense_qa": r"\b[A-E]\b"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Question:
-    number: int                           # of its line in the file, from 1
+    number: int                           # line in the file, from 1
     text: str                             # "Q: ..." with its choices, if any
     answer: str                           # what follows "A:", as the file has it
     gold: str                             # "-1450" or "B"
 
+    @property
+    def with_answer(self) -> str:
+        return f"{self.text}{ANSWER_MARKER}{self.answer}\n"
 
-def read(task: str, path: str) -> list[Question]:
-    """All questions of a file (jsonl, jsonl.gz, parquet); ValueError with file and line."""
-    parse = _gsm8k if task == "gsm8k" else _commonsense_qa
+
+@dataclass
+class Answer:
+    ids: list                             # of question and answer
+    start: int                            # index of the answer's first token
+    scored: list                          # tokens that `soft` scores, counted from `start`,
+    candidates: list | None               # each among these ids (None: all)
+
+
+def read_questions(task: str, path: str, limit: int = 0) -> list:
+    """Read a jsonl, jsonl.gz or parquet file. Raises UserError with the file and the line.
+
+    Keeps `limit` questions (0: all), the first in the order of `Dataset.shuffle(seed=42)`.
+    """
+    parse_row = _gsm8k if task == "gsm8k" else _commonsense_qa
     questions = []
-    for number, row in data.read_rows(path):
+    for number, row in read_rows(path):
         try:
-            questions.append(Question(number, *parse(row)))
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}:{number}: not a row of {task}") from None
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
+            questions.append(Question(number, *parse_row(row)))
+        except (KeyError, TypeError, AttributeError, UserError) as error:
+            raise UserError(f"{path}:{number}: not a row of {task}: {error}") from None
     if not questions:
         raise UserError(f"{path} holds no question")
-    return questions
+    order = np.random.default_rng(42).permutation(len(questions))
+    return [questions[i] for i in sorted(order[:limit or None])]
 
 
-def _gsm8k(row: dict) -> tuple[str, str, str]:
+def _gsm8k(row):
     _, marker, answer = row["answer"].rpartition("####")
     if not marker or not answer.strip():
         raise UserError("no '####' answer")
     return "Q: " + row["question"], answer, number_in(answer)
 
 
-def _commonsense_qa(row: dict) -> tuple[str, str, str]:
-    """Rows as published ({"question": {"stem", "choices": [{"label", "text"}]}}), or flat."""
-    question, choices = row["question"], row.get("choices")
-    if choices is None:
-        question, choices = question["stem"], question["choices"]
-        choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
-    if not row.get("answerKey"):
-        raise UserError("no answerKey: the test split has no answers, use the dev split")
-    labels, key = "".join(choices["label"]), row["answerKey"]
-    if labels != LETTERS or key not in LETTERS:
-        raise UserError(f"answerKey {key} of choices {labels}: one of A to E is expected")
-    options = [f"({label}) {text}" for label, text in zip(choices["label"], choices["text"])]
-    return "\n".join(["Q: " + question, *options]), " " + key, key
+def _commonsense_qa(row):
+    question, key = row["question"], row.get("answerKey")
+    if isinstance(question, dict):        # as published; else as the datasets library has it
+        choices = [(choice["label"], choice["text"]) for choice in question["choices"]]
+        question = question["stem"]
+    else:
+        choices = list(zip(row["choices"]["label"], row["choices"]["text"]))
+    labels = [label for label, _ in choices]
+    if labels != [*LETTERS] or key not in labels:
+        raise UserError(f"answerKey {key} of choices {labels} (test has no answers, use dev)")
+    lines = [f"({label}) {text}" for label, text in choices]
+    return "\n".join(["Q: " + question, *lines]), " " + key, key
 
 
 def number_in(text: str) -> str:
-    """'$1,450.' is '1450' and '- 3.0' is '-3'; text that is no number stays what it is."""
+    """Write a number plainly: '$1,450.' is '1450', '- 3.0' is '-3'. Other text stays as it is."""
     bare = re.sub(r"[\s,$]", "", text).rstrip(".")
     if not re.fullmatch(r"-?\d*\.?\d+", bare):
         return text.strip()
-    whole, _, part = bare.partition(".")
-    return whole + ("." + part.rstrip("0") if part.rstrip("0") else "")
+    return re.sub(r"\.0*$|(\.\d*?)0+$", r"\1", bare)
 
 
-def subset(n_questions: int, limit: int) -> list[int]:
-    """The first `limit` of a fixed shuffle: of GSM8K's 1,319, 128 are the official evaluation's.
-
-    (`Dataset.shuffle(seed=42)` of the `datasets` library is this permutation.) 0 takes all.
-    """
-    order = np.random.default_rng(OFFICIAL_SEED).permutation(n_questions)
-    return sorted(order[:limit].tolist()) if limit else list(range(n_questions))
-
-
-# ----------------------------------------------------------------------------- where is the answer
-
-@dataclass(frozen=True)
-class Alphabets:
-    """Ids that an answer is made of, each with the newline at the end; None if digits merge."""
-    digits: tuple[int, ...] | None
-    letters: tuple[int, ...]
-
-
-def alphabets(tokenizer) -> Alphabets:
-    """Ids of the digits and the letters as they come out behind `A: `."""
-    def ids_of(symbols: str):
-        coded = [tokenizer.encode(f"{MARKER} {symbol}\n") for symbol in symbols]
-        ids = tuple(code[-2] for code in coded) + (coded[0][-1],)
-        alone = len({(*code[:-2], code[-1]) for code in coded}) == 1
-        return ids if alone and len(set(ids)) == len(symbols) + 1 else None
-    digits, letters = ids_of("0123456789"), ids_of(LETTERS)
-    if letters is None:
-        raise UserError(f"{tokenizer.path} does not write {', '.join(LETTERS)} as a token each: "
-                         "answers cannot be compared")
-    if digits and tokenizer.encode(f"{MARKER} 12\n")[-3:] != [digits[1], digits[2], digits[-1]]:
+def answer_tokens(tokenizer):
+    """Return the ids of the digits (None if they are merged) and letters, the newline's last."""
+    digits = tokenizer.encode(ANSWER_MARKER + " 0123456789\n")[-11:]
+    letters = [tokenizer.encode(f"{ANSWER_MARKER} {letter}\n")[-2] for letter in LETTERS]
+    letters.append(digits[-1])
+    if [tokenizer.pieces[i].decode() for i in digits] != [*"0123456789\n"]:
         digits = None
-    return Alphabets(digits, letters)
+    return digits, letters
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One question as tokens: `start` is the first of its answer, `counted` those that the official
-    metric counts, each among the ids `among` (None: among all)."""
-    ids: list[int]
-    start: int
-    counted: list[int]
-    among: tuple[int, ...] | None
+def find_answer(text: str, tokenizer) -> Answer:
+    """Find the answer behind the last "A:" as the official code does, but for any tokenizer."""
+    ids = tokenizer.encode(text, bos=True)
+    start = len(ids)
+    # The answer starts behind the token without which the text has a marker less.
+    while tokenizer.decode(ids[:start - 1]).count(ANSWER_MARKER) == text.count(ANSWER_MARKER):
+        start -= 1
+    digits, candidates = answer_tokens(tokenizer)
+    if text.rpartition(ANSWER_MARKER)[2][1:2].isdigit():
+        candidates = digits               # the space before them is free
+    scored = [i for i, token in enumerate(ids[start:])
+              if candidates is None or token in candidates]
+    return Answer(ids, start, scored, candidates)
 
 
-def locate(ids: list[int], tokenizer, known: Alphabets) -> Answer:
-    """Find the answer behind the last `A:` as the official code does, for any tokenizer.
+def score_answer(answer, logits_SV, temperatures, task, variant):
+    """Return `nll` and `soft` at each temperature and, for CommonsenseQA, `right` (0 or 1).
 
-    It compares text, not ids: the answer starts behind the token that completes the marker. Text
-    without a marker is scored from its third token on.
-    """
-    text, ends, stream = "<s>" if ids[0] == tokenizer.bos else "", [], tokenizer.stream()
-    for i in ids:
-        text += stream.push(i)
-        ends.append(len(text))
-    at, start = text.rfind(MARKER), 2
-    if at >= 0:
-        start = 1 + next(i for i, end in enumerate(ends) if end >= at + len(MARKER))
-    numeric = text[at + 1 + len(MARKER) if at >= 0 else 1:][:1].isdigit()
-    among = known.digits if numeric else known.letters
-    counted = [t for t in range(start + (numeric and among is not None), len(ids))
-               if among is None or ids[t] in among]
-    return Answer(ids, start, counted, among)
-
-
-def worth(answer: Answer, logits_SV, temperatures, task: str) -> dict[str, list[float]]:
-    """What these predictions are worth: `nll` and `soft` at each temperature, and `right`.
-
-    `logits_SV`: of the S tokens from `start` on, each predicted by the position before it.
+    The logits predict the S tokens from `start` on. `variant` is added to the names of the scores.
     """
     logits_SV = logits_SV.double()
-    target_S1 = torch.tensor(answer.ids[answer.start:], device=logits_SV.device)[:, None]
-    counted = [t - answer.start for t in answer.counted]
-    found = dict(nll=[], soft=[])
+    target_S1 = logits_SV.new_tensor(answer.ids[answer.start:]).long()[:, None]
+    candidates = answer.candidates or slice(None)
+    nll, soft = [], []
     for temperature in temperatures:
         scaled_SV = logits_SV / temperature
-        at_S = scaled_SV.gather(1, target_S1)[:, 0]
-        among_SV = scaled_SV if answer.among is None else scaled_SV[:, list(answer.among)]
-        found["nll"].append(float((scaled_SV.logsumexp(-1) - at_S).sum()))
-        found["soft"].append(float((at_S - among_SV.logsumexp(-1))[counted].sum().exp()))
+        true_S = scaled_SV.gather(1, target_S1)[:, 0]
+        nll_S = scaled_SV.logsumexp(-1) - true_S
+        logp_S = true_S - scaled_SV[:, candidates].logsumexp(-1)
+        nll.append(float(nll_S.sum()))
+        soft.append(float(logp_S[answer.scored].sum().exp()))
+    scores = {f"nll_{variant}": nll, f"soft_{variant}": soft}
     if task == "commonsense_qa":
-        letters = list(answer.among)[:-1]
-        best = letters[int(logits_SV[counted[0], letters].argmax())]
-        found["right"] = [float(best == answer.ids[answer.counted[0]])]
-    return found
+        at = answer.scored[0]
+        best = logits_SV[at, candidates[:-1]].argmax()
+        scores[f"right_{variant}"] = [float(candidates[best] == target_S1[at])]
+    return scores
+
+
+def direct_answers(model, questions, tokenizer, cfg):
+    """Return one row per question of a batch, with scores after a thought (_mixed) and without."""
+    answers = [find_answer(question.with_answer, tokenizer) for question in questions]
+    texts = [(answer.ids, answer.start) for answer in answers]
+    logits = answer_logits(model, texts, cfg.thoughts)
+    rows = []
+    for answer, (base_SV, mixed_SV, weight_S) in zip(answers, logits):
+        scores = {"mixing_weight": [float(weight_S.mean())]}
+        scores |= score_answer(answer, base_SV, TEMPERATURES, cfg.task, "base")
+        scores |= score_answer(answer, mixed_SV, [1.0], cfg.task, "mixed")
+        rows.append(dict(scores=scores))
+    variants = ["base", "mixed"] if cfg.task == "gsm8k" else []
+    if cfg.thoughts == "shuffled":        # text that is being generated has none
+        variants = variants[:1]
+    prompts = [ids[:start] for ids, start in texts]
+    for variant in variants:
+        if variant == "base" or thinks(model, cfg.thoughts):
+            said = complete(
+                model, prompts, tokenizer,
+                max_new_tokens=16,
+                stop=lambda row, text: "\n" in text,
+                think=variant == "mixed")
+        for question, row, text in zip(questions, rows, said):
+            line = text.partition("\n")[0]
+            row[f"said_{variant}"] = line
+            row["scores"][f"exact_{variant}"] = [float(number_in(line) == question.gold)]
+    return rows
+
+
+def cot_votes(model, questions, tokenizer, cfg):
+    """Return one row per question: what its votes said, and whether their majority is right."""
+    asked = [(question, vote) for question in questions for vote in range(cfg.votes)]
+
+    def cut_chain(text):
+        for end in ("Q:", "\n\n\n"):       # its second one in the whole text ends a chain
+            if text.count(end) > 1:
+                return text.rpartition(end)[0], True
+        return text, False
+
+    def go_on(texts, max_new_tokens, stage):
+        prompts = [tokenizer.encode(text, bos=True) for text in texts]
+        more = complete(
+            model, prompts, tokenizer, max_new_tokens,
+            stop=lambda row, text: cut_chain(texts[row] + text)[1],
+            think=cfg.thoughts == "own",
+            temperature=cfg.temperature,
+            keys=[(cfg.seed, question.number, vote, stage) for question, vote in asked])
+        return [cut_chain(text + added)[0] for text, added in zip(texts, more)]
+    prompts = [question.text + STEP_BY_STEP for question, _ in asked]
+    chains = go_on(prompts, cfg.max_new_tokens, stage=1)
+    conclusion = CONCLUSION[cfg.task]
+    prompts = [chain.rstrip() + conclusion for chain in chains]
+    said = go_on(prompts, CONCLUSION_TOKENS, stage=2)
+    rows = []
+    for question in questions:
+        own = said[:cfg.votes]
+        said = said[cfg.votes:]
+        answers = [text.rpartition(conclusion)[2] for text in own]
+        votes, scores = count_votes(cfg.task, question.gold, answers)
+        rows.append(dict(said=own, votes=votes, scores=scores))
+    return rows
+
+
+def count_votes(task, gold, said):
+    """Return the votes in these conclusions, and how right they are, one and together."""
+    def official_vote(text):              # commas, signs and decimals are lost
+        match = re.search(r"\d+", text.replace(",", ""))
+        return match and int(match[0])
+    votes = []
+    for text in said:
+        match = re.search(VOTE_PATTERN[task], text)
+        votes.append(match and number_in(match[0]))
+    known = list(filter(None, votes))
+    majority = max(known, key=known.count, default=None)          # in a tie, the first
+    scores = dict(
+        one_vote=[votes.count(gold) / len(votes)],
+        majority=[float(majority == gold)])
+    if task == "gsm8k":
+        official = [official_vote(text) for text in said]
+        winner = max(official, key=official.count)
+        scores["majority_official"] = [float(winner == official_vote(gold))]
+    return votes, scores
+
+
+def evaluate_questions(model, tokenizer, cfg, dist, out):
+    """Ask this rank's share of the questions; return the settings and the measures by question.
+
+    Each answer is a line of a jsonl beside `out`, and is not asked again.
+    """
+    questions = read_questions(cfg.task, cfg.file, cfg.limit)
+    sha256 = hashlib.sha256(Path(cfg.file).read_bytes()).hexdigest()
+    dataset_id = dict(task=cfg.task, sha256=sha256, questions=len(questions))
+    # Everything that an answer depends on, but for the question.
+    files = sorted(find_checkpoint(cfg.checkpoint).glob("*.safetensors"))
+    settings = dict(
+        dataset_id=dataset_id,
+        weights=[path.stat().st_mtime_ns for path in files])
+    for name in ("thoughts", "thought_len", "votes", "seed", "temperature", "max_new_tokens"):
+        settings[name] = getattr(cfg, name)
+    if cfg.thoughts == "shuffled":        # a thought comes from the same batch
+        settings["batch_size"] = cfg.batch_size
+    # Questions of like length share a batch, the longest first.
+    questions.sort(key=lambda question: -len(tokenizer.encode(question.with_answer)))
+    size = max(1, cfg.batch_size // max(1, cfg.votes))
+    batches = [questions[i:i + size] for i in range(0, len(questions), size)]
+    with fail_together(dist):
+        results = ResultsFile(Path(out).with_suffix(".jsonl"), settings)
+        progress = Progress(len(questions) - len(results.rows), cfg.task, show=dist.is_main)
+        for batch in batches[dist.rank::dist.world_size]:
+            if all(question.number in results.rows for question in batch):
+                continue
+            ask = cot_votes if cfg.votes else direct_answers
+            rows = ask(model, batch, tokenizer, cfg)
+            for question, row in zip(batch, rows):
+                row |= dict(number=question.number, gold=question.gold)
+            results.add(rows)
+            progress(len(batch) * dist.world_size)
+    found = ResultsFile(results.path, settings).rows
+    if len(found) < len(questions):
+        raise UserError(f"{results.path} has {len(found)} of {len(questions)} questions: some rank "
+                        "did not finish; the same command goes on")
+    # The measures by question, and the base after temperature scaling.
+    clusters = {"count": np.ones(len(found))}
+    temperatures = {}
+    rows = [found[number] for number in sorted(found)]
+    for name in rows[0]["scores"]:
+        value_QK = np.array([row["scores"][name] for row in rows])
+        clusters[name] = value_QK[:, 0]
+        if value_QK.shape[1] > 1:
+            clusters[name] = value_QK[:, UNSCALED]
+            measure = name.removesuffix("_base")
+            clusters[f"{measure}_scaled"], temperatures[measure] = temperature_scaled(
+                value_QK, np.arange(len(rows)), least=measure == "nll")
+    return settings | dict(clusters=clusters, temperatures=temperatures)

@@ -4,8 +4,9 @@ import os
 import random
 from pathlib import Path
 
-import tokenizer as tokenizers
-import weights
+from checkpoint import save_model
+from data import train_tokenizer
+from tokenizer import load_tokenizer
 from toys import tiny_mistral, tiny_quiet
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[1] / "../shared/data"))
@@ -58,9 +59,9 @@ def school(folder: Path, n_rows: int = 11) -> Path:
     write(folder / "gsm8k.jsonl", gsm8k(n_rows))
     write(folder / "commonsense_qa.jsonl", commonsense_qa(n_rows))
     texts = [row["question"] + " A B C D E Therefore, the answer is\n\n" for row in gsm8k(300)]
-    (folder / "tokenizer.model").write_bytes(tokenizers.train(texts, 420))
-    tokenizer = tokenizers.load(folder)
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(texts, 420))
+    tokenizer = load_tokenizer(folder)
     shape = dict(vocab_size=tokenizer.vocab_size, max_seq_len=512)
-    weights.save(tiny_quiet(model=shape), folder / "quiet", tokenizer=tokenizer)
-    weights.save(tiny_mistral(1, **shape), folder / "plain", tokenizer=tokenizer)
+    save_model(tiny_quiet(model=shape), folder / "quiet", tokenizer=tokenizer)
+    save_model(tiny_mistral(1, **shape), folder / "plain", tokenizer=tokenizer)
     return folder

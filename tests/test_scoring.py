@@ -9,7 +9,6 @@ import config
 from data import TokenFile
 from scoring import pack_positions, pad_ids, score_positions, score_targets, score_texts
 from tasks import shell_game
-from tasks.bootstrap import TEMPERATURES, UNSCALED, temperature_scaled
 from tokenizer import load_tokenizer
 from toys import texts, tiny_mistral, tiny_quiet
 
@@ -97,29 +96,6 @@ def test_in_the_shell_game_hidden_answers_are_scored_among_the_cups(game):
     first = tokenizer.encode(shell_game.CUPS[0])[0]                    # ties go to the first choice
     answers = [held_out.document(i)[-2] for i in range(50)]
     assert scores["right_base"].tolist() == [answer == first for answer in answers]
-
-
-def test_the_scaled_base_has_the_temperature_that_suits_the_other_half_of_the_texts():
-    """Logits that are twice too flat: the temperature found is one half, on either half."""
-    rng = np.random.default_rng(0)
-    logits_RV = torch.tensor(rng.normal(size=(4000, 5)) * 2)
-    target_R = torch.multinomial(logits_RV.softmax(-1), 1,
-                                 generator=torch.Generator().manual_seed(0))[:, 0]
-    model = tiny_mistral(vocab_size=5, dim=8)
-    model.head.weight.data = torch.eye(5, 8)
-    hidden_RD = torch.nn.functional.pad(logits_RV.float() / 2, (0, 3))
-    nll, _, entropy, nll_at = score_targets(model, hidden_RD, target_R, None,
-                                               TEMPERATURES)
-    np.testing.assert_allclose(nll_at[:, UNSCALED], nll, rtol=1e-4, atol=1e-5)
-    p_RV = (logits_RV / 2).softmax(-1)
-    np.testing.assert_allclose(entropy, -(p_RV * p_RV.log()).sum(-1), rtol=1e-4)
-    nll, nll_at = nll.numpy(), nll_at.numpy()
-    value, fitted = temperature_scaled(nll_at, np.arange(4000), least=True)
-    assert fitted == [0.5, 0.5] and value.mean() < nll.mean() - 0.05
-    spoilt = nll_at.copy()
-    spoilt[::2, 0] = -100                                     # what is scored decides nothing
-    value, fitted = temperature_scaled(spoilt, np.arange(4000), least=True)
-    assert fitted[0] == 0.5 and np.array_equal(value[::2], nll_at[::2, UNSCALED - 4])
 
 
 def test_progress_tells_the_time_that_is_left(monkeypatch, capsys):

@@ -1,15 +1,15 @@
-"""shell_game.py: every answer is right, no answer leaks, and only one corpus shows any working."""
+"""tasks/shell_game.py: every answer is right, none leaks, only one corpus shows reasoning."""
 import functools
+import hashlib
 import itertools
-import json
 import re
 
 import pytest
 import torch
 
-from tasks import shell_game
 from data import Batches, TokenFile
-from tokenizer import load
+from tasks import shell_game
+from tokenizer import load_tokenizer
 
 LINE = re.compile(r"ball ([a-e]) : ((?:[a-e]{2} ){3,6})now (?:— ((?:[a-e] )+)— )?([a-e]) \.")
 N_LINES = 6000
@@ -18,22 +18,23 @@ N_LINES = 6000
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shell_game")
-    list(shell_game.write(str(folder), N_LINES, seed=0))
+    shell_game.write_corpora(str(folder), N_LINES, seed=0)
     return folder
 
 
 @functools.cache
 def games(folder, corpus: str, split: str) -> list[tuple]:
-    """Start, swaps, shown working (or None) and answer of each line, read back from the tokens."""
-    file, tokenizer = TokenFile(folder / corpus, split), load(folder / corpus)
+    """Start, swaps, reasoning (or None) and answer of each line, read back from the tokens."""
+    file, tokenizer = TokenFile(folder / corpus, split), load_tokenizer(folder / corpus)
     lines = [tokenizer.decode(file.document(i)) for i in range(file.n_docs)]
     found = [LINE.fullmatch(line).groups() for line in lines]
-    return [(start, tuple(swaps.split()), working and working.split(), answer)
-            for start, swaps, working, answer in found]
+    return [(start, tuple(swaps.split()), reasoning and reasoning.split(), answer)
+            for start, swaps, reasoning, answer in found]
 
 
 def every_game(folder):
-    for corpus, split in itertools.product(("aloud", "silent"), ("train", "val")):
+    corpora = ("with_reasoning", "without_reasoning")
+    for corpus, split in itertools.product(corpora, ("train", "val")):
         yield from games(folder, corpus, split)
 
 
@@ -47,13 +48,13 @@ def play(start, swaps) -> list[str]:
     return seen
 
 
-def test_every_answer_and_every_working_is_right(folder):
-    for start, swaps, working, answer in every_game(folder):
+def test_every_answer_and_every_reasoning_is_right(folder):
+    for start, swaps, reasoning, answer in every_game(folder):
         seen = play(start, swaps)
         assert answer == seen[-1]
-        if working:
-            assert working[:len(swaps)] == seen
-            assert working[len(swaps):] in [[answer] * n for n in range(4)]
+        if reasoning:
+            assert reasoning[:len(swaps)] == seen
+            assert reasoning[len(swaps):] in [[answer] * n for n in range(4)]
 
 
 def test_games_are_drawn_evenly(folder):
@@ -63,45 +64,51 @@ def test_games_are_drawn_evenly(folder):
     for cup in "abcde":
         assert abs(sum(answer == cup for *_, answer in drawn) / len(drawn) - 1 / 5) < 0.02
     for extra in range(4):
-        shown = [len(working) - len(swaps) for _, swaps, working, _ in drawn if working]
+        shown = [len(reasoning) - len(swaps) for _, swaps, reasoning, _ in drawn if reasoning]
         assert abs(shown.count(extra) / len(shown) - 1 / 4) < 0.05
     assert {swap for _, swaps, _, _ in drawn for swap in swaps} == set(shell_game.SWAPS)
 
 
 def test_held_out_puzzles_are_in_the_training_lines_of_neither_corpus(folder):
     puzzles = {(corpus, split): {game[:2] for game in games(folder, corpus, split)}
-               for corpus in ("aloud", "silent") for split in ("train", "val")}
-    trained = puzzles["aloud", "train"] | puzzles["silent", "train"]
-    held_out = puzzles["aloud", "val"] | puzzles["silent", "val"]
+               for corpus in ("with_reasoning", "without_reasoning") for split in ("train", "val")}
+    trained = puzzles["with_reasoning", "train"] | puzzles["without_reasoning", "train"]
+    held_out = puzzles["with_reasoning", "val"] | puzzles["without_reasoning", "val"]
     assert not trained & held_out
     assert 0.08 < len(held_out) / len(trained | held_out) < 0.12
 
 
-def test_three_lines_in_ten_think_aloud_and_silent_ones_never_do(folder):
-    for corpus, low, high in (("aloud", 0.27, 0.33), ("silent", 0.0, 0.0)):
+def test_three_lines_in_ten_show_reasoning_in_one_corpus_and_none_in_the_other(folder):
+    for corpus, low, high in (("with_reasoning", 0.27, 0.33), ("without_reasoning", 0.0, 0.0)):
         drawn = games(folder, corpus, "train") + games(folder, corpus, "val")
         assert len(drawn) == N_LINES
-        assert low <= sum(working is not None for _, _, working, _ in drawn) / N_LINES <= high
+        assert low <= sum(reasoning is not None for _, _, reasoning, _ in drawn) / N_LINES <= high
 
 
 def test_the_corpora_are_a_function_of_the_seed(folder, tmp_path):
     for seed in (0, 1):
-        list(shell_game.write(str(tmp_path), N_LINES, seed))
-        for name in ("aloud/train.bin", "silent/train.bin"):
+        shell_game.write_corpora(str(tmp_path), N_LINES, seed)
+        for name in ("with_reasoning/train.bin", "without_reasoning/train.bin"):
             same = (tmp_path / name).read_bytes() == (folder / name).read_bytes()
             assert same is (seed == 0)
 
 
-def test_only_the_shell_games_vocabulary_plays(folder, tmp_path):
-    assert shell_game.plays(load(folder / "silent"))
-    others = [f"word{i}" for i in range(len(shell_game.WORDS))]
-    (tmp_path / "words.json").write_text(json.dumps({"words": others, "bos": None, "eos": None}))
-    assert not shell_game.plays(load(tmp_path))
+def test_the_corpora_are_those_of_the_published_numbers(tmp_path):
+    """Renaming the corpora once could have changed the seeds, and with them every table."""
+    shell_game.write_corpora(str(tmp_path), 3000, seed=0)
+    found = {name: hashlib.sha256((tmp_path / name / "train.bin").read_bytes()).hexdigest()[:16]
+             for name in ("with_reasoning", "without_reasoning")}
+    assert found == dict(with_reasoning="4afcce95c018db85", without_reasoning="b68f78503e71e51e")
+
+
+def test_the_candidates_are_the_five_cups(folder):
+    tokenizer = load_tokenizer(folder)
+    assert [tokenizer.decode([i]) for i in shell_game.candidates(tokenizer)] == list("abcde")
 
 
 def test_answer_positions_are_where_the_next_token_is_a_hidden_answer(folder):
-    tokenizer = load(folder / "silent")
-    crops = Batches(TokenFile(folder / "silent", "val"), 16, "document")
+    tokenizer = load_tokenizer(folder / "without_reasoning")
+    crops = Batches(TokenFile(folder / "without_reasoning", "val"), 16, "document")
     ids_BL, valid_BL = crops.batch(0, range(64))
     asks_BL = shell_game.answer_positions(ids_BL, tokenizer)
     assert asks_BL.sum(1).tolist() == [1] * 64 and not (asks_BL & ~valid_BL).any()
@@ -114,14 +121,14 @@ def test_answer_positions_are_where_the_next_token_is_a_hidden_answer(folder):
 @pytest.mark.parametrize("text, expected", [
     ("ball c : ab cd ce now e .", [6]),
     ("ball c : ab cd ce now e . ball a : ab bc ac now a .", [6, 15]),
-    ("ball c : ab cd ce now — c d d — d .", []),                # thought aloud: nothing is hidden
+    ("ball c : ab cd ce now — c d d — d .", []),                # shown: nothing is hidden
     ("ab cd ce now e . ball a : ab bc ac now a .", [12]),       # the first start is out of view
     ("now ball c : ab cd ce now", []),                          # the answer is out of view
     ("e . ball c : ab cd ce now", []),
     ("now", []),
 ])
 def test_answer_positions_need_the_whole_puzzle_and_a_hidden_answer(folder, text, expected):
-    tokenizer = load(folder)
+    tokenizer = load_tokenizer(folder)
     asks_BL = shell_game.answer_positions(torch.tensor([tokenizer.encode(text)]), tokenizer)
     assert asks_BL[0].nonzero()[:, 0].tolist() == expected
 
@@ -131,17 +138,18 @@ def test_answer_positions_need_the_whole_puzzle_and_a_hidden_answer(folder, text
     ("c d d", False), ("", False), ("c d d b", False), ("c d a a", False), ("c d d a b", False),
     ("c d d a . a", False), ("— c d d a", False), ("c d d a a — a", False),
 ])
-def test_working_is_right_only_if_all_of_it_is(folder, thought, right):
-    tokenizer = load(folder)
+def test_reasoning_is_right_only_if_all_of_it_is(folder, thought, right):
+    tokenizer = load_tokenizer(folder)
     line, thought = tokenizer.encode("ball c : ab cd ce ad now a ."), tokenizer.encode(thought)
     for ids in (line, torch.tensor(line[:-2])):                 # with or without its answer
         assert shell_game.reasoning_is_right(ids, torch.tensor(thought), tokenizer) is right
     assert not shell_game.reasoning_is_right(line, thought + [len(shell_game.WORDS)], tokenizer)
 
 
-def test_the_working_shown_is_the_working_asked_for(folder):
-    tokenizer = load(folder)
-    for start, swaps, working, _ in games(folder, "aloud", "val"):
-        if working:
+def test_the_reasoning_shown_is_the_reasoning_asked_for(folder):
+    tokenizer = load_tokenizer(folder)
+    for start, swaps, reasoning, _ in games(folder, "with_reasoning", "val"):
+        if reasoning:
             line = tokenizer.encode(" ".join(["ball", start, ":", *swaps, "now"]))
-            assert shell_game.reasoning_is_right(line, tokenizer.encode(" ".join(working)), tokenizer)
+            thought = tokenizer.encode(" ".join(reasoning))
+            assert shell_game.reasoning_is_right(line, thought, tokenizer)

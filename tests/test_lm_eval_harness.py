@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness asks; what it is told is what eval.py would say."""
+"""The lm-evaluation-harness gets the likelihoods and the texts that eval.py finds."""
 import json
 import os
 import subprocess
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
-from tasks import lm_eval_harness as harness
 import questions
-import tokenizer as tokenizers
-import weights
-from model import NextToken
+from checkpoint import load_model
+from config import UserError
+from scoring import score_positions
+from tokenizer import load_tokenizer
 
-pytest.importorskip("lm_eval")
+lm_eval = pytest.importorskip("lm_eval")
+from tasks import lm_eval_harness  # noqa: E402, it needs the library
 
 
 @pytest.fixture(scope="module")
@@ -28,56 +28,58 @@ def requests(*args):
     return [SimpleNamespace(args=pair) for pair in args]
 
 
-def our_likelihood(objective, ids, start, thoughts="own"):
-    """By eval.score: log p of ids[start:], and whether each is the likeliest."""
+def our_likelihood(model, ids, start, thoughts="own"):
+    """Return log p of ids[start:] by scoring.py, and whether each of them is the likeliest."""
     where_BL = torch.zeros(1, len(ids), dtype=torch.bool)
     where_BL[0, start - 1:-1] = True
-    scores = evaluation.score(objective, torch.tensor([ids]), where_BL, thoughts=thoughts)
-    return -scores.nll_mixed.sum(), bool(scores.right_mixed.all())
+    scores = score_positions(model, torch.tensor([ids]), where_BL, thoughts=thoughts)
+    return -float(scores["nll_mixed"].sum()), bool(scores["right_mixed"].all())
 
 
-@pytest.mark.parametrize("model, thoughts", [("quiet", "own"), ("quiet", "none"), ("plain", "own")])
-def test_loglikelihoods_are_ours(school, model, thoughts):
-    lm = harness.QuietStarLM(str(school / model), thoughts, batch_size=3)
-    loaded, tokenizer = weights.load(school / model), tokenizers.load(school)
-    objective = loaded if model == "quiet" else NextToken(loaded)
+@pytest.mark.parametrize("name, thoughts", [("quiet", "own"), ("quiet", "none"), ("plain", "own")])
+def test_loglikelihoods_are_ours(school, name, thoughts):
+    lm = lm_eval_harness.QuietStarLM(str(school / name), thoughts, batch_size=3)
+    model, tokenizer = load_model(school / name), load_tokenizer(school)
     pairs = [("Q: where?\nA:", " " + letter) for letter in "ABCDE"]
     pairs += [("", "The baker"), ("A train has ", "1,250 miles"), ("Q: how?", "\nA: 17\n")]
     for (context, continuation), (logp, greedy) in zip(pairs, lm.loglikelihood(requests(*pairs))):
         ids = tokenizer.encode(context + continuation, bos=True)
         start = len(tokenizer.encode(context.rstrip(), bos=True))
-        assert (pytest.approx(logp, rel=1e-4), greedy) == our_likelihood(objective, ids, start,
-                                                                        thoughts)
+        expected = our_likelihood(model, ids, start, thoughts)
+        assert (pytest.approx(logp, rel=1e-4), greedy) == expected
 
 
 def test_answers_that_differ_in_their_last_token_share_one_pass(school, monkeypatch):
-    lm = harness.QuietStarLM(str(school / "quiet"), batch_size=8)
-    asked, predictions = [], harness.predictions
-    monkeypatch.setattr(harness, "predictions", lambda o, texts, t: asked.extend(texts)
-                        or predictions(o, texts, t))
+    lm = lm_eval_harness.QuietStarLM(str(school / "quiet"), batch_size=8)
+    asked, answer_logits = [], lm_eval_harness.answer_logits
+
+    def recorded(model, texts, thoughts):
+        asked.extend(texts)
+        return answer_logits(model, texts, thoughts)
+    monkeypatch.setattr(lm_eval_harness, "answer_logits", recorded)
     answers = lm.loglikelihood(requests(*[("Q: where?\nA:", " " + x) for x in "ABCDE"]))
     assert len(asked) == 1 and len({logp for logp, _ in answers}) == 5
 
 
 def test_rolling_loglikelihoods_are_ours_and_windows_score_every_token_once(school):
-    lm = harness.QuietStarLM(str(school / "quiet"))
+    lm = lm_eval_harness.QuietStarLM(str(school / "quiet"))
     text = "The baker has 1,250 apples. How many?" * 4
     ids = [lm.prefix_token_id, *lm.tok_encode(text, add_special_tokens=False)]
     whole, = lm.loglikelihood_rolling(requests((text,)))
-    assert whole == pytest.approx(our_likelihood(lm.objective, ids, 1)[0], rel=1e-4)
+    assert whole == pytest.approx(our_likelihood(lm.quiet, ids, 1)[0], rel=1e-4)
     lm.max_length = 21
     cut, = lm.loglikelihood_rolling(requests((text,)))
     expected, done = 0.0, 1
     while done < len(ids):                        # 20 tokens, then each next 20 with what fits
         until = min(done + 20, len(ids))
         window = ids[max(0, until - 21):until]
-        expected += our_likelihood(lm.objective, window, len(window) - (until - done))[0]
+        expected += our_likelihood(lm.quiet, window, len(window) - (until - done))[0]
         done = until
     assert cut == pytest.approx(expected, rel=1e-4) and abs(cut - whole) > 1e-3
 
 
 def test_what_it_generates_is_the_greedy_continuation_up_to_the_first_stop(school):
-    lm = harness.QuietStarLM(str(school / "quiet"), batch_size=2)
+    lm = lm_eval_harness.QuietStarLM(str(school / "quiet"), batch_size=2)
     prompts = ["Q: how many apples?\nA:", "The", "A train has 7"]
 
     def generate(until, *prompts):
@@ -87,12 +89,12 @@ def test_what_it_generates_is_the_greedy_continuation_up_to_the_first_stop(schoo
     for prompt, said in zip(prompts, together):
         ids = lm.tok_encode(prompt)
         for _ in range(9):
-            mixed_BNPD = lm.objective.predict(torch.tensor([ids]))[1]
-            token = int(lm.objective.model.head(mixed_BNPD[0, 0, -1]).argmax())
-            if token in (lm.tokens.eos, lm.tokens.bos):
+            mixed_BNPD = lm.quiet.predict(torch.tensor([ids]))[1]
+            token = int(lm.quiet.model.head(mixed_BNPD[0, 0, -1]).argmax())
+            if token in (lm.text_tokenizer.eos, lm.text_tokenizer.bos):
                 break
             ids.append(token)
-        assert lm.tokens.decode(ids) == prompt + said
+        assert lm.text_tokenizer.decode(ids) == prompt + said
     said = max(together, key=len)
     prompt = prompts[together.index(said)]
     stop = said[len(said) // 2:][:2]
@@ -100,17 +102,30 @@ def test_what_it_generates_is_the_greedy_continuation_up_to_the_first_stop(schoo
     drawn = [lm.generate_until(requests((prompt, dict(do_sample=True, temperature=t))))
              for t in (0.9, 0.9, 0.0)]
     assert drawn[0] == drawn[1] != drawn[2]
-    with pytest.raises(ValueError, match="'top_p': 0.9"):
+    with pytest.raises(UserError, match="'top_p': 0.9"):
         lm.generate_until(requests((prompt, dict(until=[], top_p=0.9))))
+
+
+LOCAL_TASK = """include: {library}/tasks/{spec}
+task: {task}
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {rows}, {split}: {rows}}}}}
+"""
 
 
 @pytest.mark.slow
 def test_its_own_command_line_runs_both_tasks_on_local_files(school, tmp_path):
-    """Offline; and the accuracy it reports is the one that our likelihoods give."""
+    """Offline, by a yaml of four lines; the accuracy reported is the one our likelihoods give."""
+    flat = questions.write(tmp_path / "flat.jsonl", questions.commonsense_qa(11, flat=True))
+    library, = lm_eval.__path__
+    for task, spec, split, rows in (
+            ("gsm8k_cot_zeroshot", "gsm8k/gsm8k-cot-zeroshot.yaml", "test", school / "gsm8k.jsonl"),
+            ("commonsense_qa", "commonsense_qa/default.yaml", "validation", flat)):
+        (tmp_path / f"{task}.yaml").write_text(LOCAL_TASK.format(
+            library=library, spec=spec, task=task, split=split, rows=rows))
     done = subprocess.run(
-        [sys.executable, "-m", "tasks.lm_eval_harness", f"--files=gsm8k_cot_zeroshot={school}/gsm8k.jsonl,"
-         f"commonsense_qa={school}/commonsense_qa.jsonl", "run", "--model", "quiet_star",
-         "--model_args", f"checkpoint={school}/quiet", "--tasks",
+        [sys.executable, "-m", "tasks.lm_eval_harness", "run", "--include_path", str(tmp_path),
+         "--model", "quiet_star", "--model_args", f"checkpoint={school}/quiet", "--tasks",
          "gsm8k_cot_zeroshot,commonsense_qa", "--gen_kwargs", "max_gen_toks=6", "--batch_size", "4",
          "--device", "cpu", "--output_path", str(tmp_path), "--log_samples"],
         capture_output=True, text=True,
@@ -119,7 +134,7 @@ def test_its_own_command_line_runs_both_tasks_on_local_files(school, tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]
     assert set(results) == {"gsm8k_cot_zeroshot", "commonsense_qa"}
-    lm, right = harness.QuietStarLM(str(school / "quiet")), []
+    lm, right = lm_eval_harness.QuietStarLM(str(school / "quiet")), []
     for row in questions.commonsense_qa(11):
         question, choices = row["question"]["stem"], row["question"]["choices"]
         options = "\n".join(f"{c['label']}. {c['text']}" for c in choices)
@@ -133,15 +148,17 @@ def test_its_own_command_line_runs_both_tasks_on_local_files(school, tmp_path):
     assert prompt.startswith("Q: ") and prompt.endswith("A: Let's think step by step.")
 
 
-def test_a_mistake_is_one_line(call, school, monkeypatch):
-    status, _, stderr = call(harness, f"--files=sums={school}/gsm8k.jsonl")
-    assert status == 2 and "the harness has no task 'sums'" in stderr
-    swapped = harness.QuietStarLM(checkpoint=f"{school}/quiet", thoughts="swapped")
-    with pytest.raises(ValueError, match="being written has nobody to swap with"):
-        swapped.generate_until([])
-    monkeypatch.setattr(harness, "TemplateLM", object)
-    status, _, stderr = call(harness, "run")
-    assert status == 2 and stderr == ("error: the lm-evaluation-harness is not here: "
-                                      "pip install lm-eval==0.4.13\n")
-    with pytest.raises(ValueError, match="checkpoint=,thoughts=own: a folder"):
-        harness.QuietStarLM()
+def test_a_mistake_is_one_line(school):
+    shuffled = lm_eval_harness.QuietStarLM(f"{school}/quiet", thoughts="shuffled")
+    with pytest.raises(UserError, match="being generated has none to shuffle"):
+        shuffled.generate_until([])
+    with pytest.raises(UserError, match="thoughts=mine is not one of own, shuffled, none"):
+        lm_eval_harness.QuietStarLM(f"{school}/quiet", thoughts="mine")
+    with pytest.raises(UserError, match="an answer of 600 tokens does not fit"):
+        shuffled._loglikelihood_tokens([(None, [1], [3] * 600)])
+    done = subprocess.run([sys.executable, "-m", "tasks.lm_eval_harness", "run", "--model",
+                           "quiet_star", "--model_args", "checkpoint=gone", "--tasks", "gsm8k"],
+                          capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: gone is missing")
