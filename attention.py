@@ -1,15 +1,13 @@
 """Who may attend to whom when thoughts branch off every position of a text, and how to compute it.
 
 `may_attend` is the one rule; the code, the README's picture and the tests' dense mask all use it.
-A branch token sees two small groups of keys: the text up to its position, and its own branch. So
-no [text + thoughts]^2 mask is ever formed; there is one softmax in two parts:
+A branch token sees the text up to its position, and its own branch. So no [text + thoughts]^2 mask
+is ever formed; there is one softmax in two parts:
 
   thought_attention    explicit scores, any positions, any window: the reference
   TwoPartAttention     at one position all branch tokens see the same text, so they become query
                        heads of ONE causal attention in a fused kernel; the small part over the
                        own branch is merged with it exactly, by the log-sum-exps of both
-
-`PackedContext` runs text and branches in one pass, `GrowingContext` adds tokens pass by pass.
 
 Shapes: those of model.py and thoughts.py, m of the M branch tokens are new in a pass, G = H / K,
 and h = K * G * N * m query heads where thoughts are folded into heads.
@@ -26,7 +24,6 @@ aten = torch.ops.aten
 def may_attend(query, key, same_thought, window: int | None = None):
     """The attention rule. `query` and `key` are (text position, step) each: step 0 is the text
     itself, step s >= 1 the s-th token that branches off it, at rotary position `position + s`.
-
     A token sees the text up to its own position and its own thought up to itself. A window counts
     distances as a plain causal pass over text + thought would.
     """
@@ -38,10 +35,7 @@ def may_attend(query, key, same_thought, window: int | None = None):
 
 
 def thought_attention(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, position_BP, window):
-    """The reference: the last m of M branch tokens attend, by one softmax over L + M scores.
-
-    Returns [B, N, P, m, H, E].
-    """
+    """The reference: [B, N, P, m, H, E] for the last m of M branch tokens, by explicit scores."""
     # m new tokens, M tokens of the branch so far
     m = q_BNPmHE.shape[3]
     M = k_BNPMKE.shape[3]
@@ -59,10 +53,8 @@ def thought_attention(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, po
     q_BNPmKGE = q_BNPmHE.unflatten(-2, (K, -1)) / math.sqrt(E)
     text = torch.einsum("bnpmkge,blke->bkgnpml", q_BNPmKGE, k_text_BLKE)
     own = torch.einsum("bnpmkge,bnpjke->bkgnpmj", q_BNPmKGE, k_BNPMKE)
-    see_text = see_text_BPmL[:, None, None, None]
-    see_own = see_own_BPmM[:, None, None, None]
-    text = text.masked_fill(~see_text, -torch.inf)
-    own = own.masked_fill(~see_own, -torch.inf)
+    text = text.masked_fill(~see_text_BPmL[:, None, None, None], -torch.inf)
+    own = own.masked_fill(~see_own_BPmM[:, None, None, None], -torch.inf)
     # one softmax over both, in fp32 at least
     softmax_dtype = torch.promote_types(q_BNPmHE.dtype, torch.float32)
     score = torch.cat((text, own), dim=-1)
@@ -83,10 +75,8 @@ def causal_flash(q_BhPE, k_BKPE, v_BKPE):
 
 
 def causal_flash_backward(d_out, q, k, v, out, lse, rest):
-    """The kernel's backward, given the *merged* out and lse.
-
-    It computes P = exp(S - lse) and sum(d_out * out) from what it is given, so with the merged ones
-    it returns exactly the text part's share of the merged gradient.
+    """The kernel's backward. It computes P = exp(S - lse) and sum(d_out * out) from its arguments,
+    so given the *merged* out and lse it returns the text part's share of the merged gradient.
     """
     if q.is_cuda:
         return aten._scaled_dot_product_flash_attention_backward(
@@ -98,8 +88,8 @@ def causal_flash_backward(d_out, q, k, v, out, lse, rest):
 class TwoPartAttention(torch.autograd.Function):
     """Equal to `thought_attention` where positions are 0 .. P-1 and no window binds, but faster.
 
-    `branch_kv`: keys and values, [B, N, P, m, K, E] each, of every pass of the branch so far. They
-    stay separate tensors, so that T passes keep T tokens for the backward pass, not T^2 / 2.
+    `branch_kv`: keys and values, [B, N, P, m, K, E] each, of every pass of the branch so far: kept
+    apart, T passes hold T tokens for the backward pass, not T^2 / 2.
     """
     @staticmethod
     def forward(ctx, q_BNPmHE, k_text_BPKE, v_text_BPKE, *branch_kv):
@@ -181,10 +171,7 @@ def heads_to_thoughts(x_BhPE, shape):
 
 
 def attend_branch(q, branch_kv, k_text, v_text, position_BP, window, all_positions: bool):
-    """Attention of branch tokens, by TwoPartAttention where it applies.
-
-    `all_positions` says that the positions are 0 .. P-1.
-    """
+    """Attention of branch tokens, by TwoPartAttention if `all_positions`, 0 .. P-1, think."""
     M = sum(k.shape[3] for k in branch_kv[::2])
     window_binds = window is not None and window < k_text.shape[1] + M
     no_kernel = q.is_cuda and q.dtype == torch.float32
@@ -227,10 +214,8 @@ class PackedContext:
 
 
 class GrowingContext:
-    """`PackedContext` with a KV cache. The first forward pass is the text; each later pass, which
-    `begin_pass` announces, adds m tokens to every thought.
-
-    While all thoughts of a position are still identical, one may stand for all N.
+    """`PackedContext` with a KV cache: the first pass is the text, each later pass adds m tokens to
+    every thought. While the N thoughts of a position are identical, one may stand for all.
     """
     def __init__(self, text_len: int, position_BP, all_positions: bool):
         self.think_position_BP = position_BP

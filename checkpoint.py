@@ -1,7 +1,7 @@
 """Checkpoints: read from any supported layout, write ours, and save and resume training runs.
 
     model = load_model("Mistral-7B-v0.1", dtype=torch.bfloat16)    # a Mistral, or a QuietSTaR
-    python checkpoint.py --checkpoint=DIR --out=DIR --dtype=bfloat16
+    save_model(model, "copy", tokenizer=load_tokenizer("Mistral-7B-v0.1"))
 
     out/run/latest         names the last checkpoint; the one before is kept too
     out/run/step-000100/   config.json, model.safetensors, tokenizer; to resume, state.json and
@@ -14,9 +14,8 @@ import json
 import shutil
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 from unittest.mock import patch
 
 import torch
@@ -24,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-import config
 from config import UserError, atomic_write, read_json, read_text, rename_folder
 from distributed import Distributed, fail_together, pick_device
 from formats.huggingface import (MARKER_SCALE, file_name, from_config, open_tensors, permute_rope,
@@ -65,9 +63,8 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, ThoughtConfig | None]:
 
 def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32,
                thought_config: ThoughtConfig | None = None) -> Mistral | QuietSTaR:
-    """Load a checkpoint of any layout: a QuietSTaR if its tensors or its config say so.
-
-    `dtype` None keeps each tensor's own; `thought_config` replaces the stored settings, except
+    """Load a checkpoint of any layout: a QuietSTaR if its tensors or its config say so. `dtype`
+    None keeps each tensor's own; `thought_config` replaces the stored settings, except
     `marker_ids`. Raises UserError for anything that is missing, damaged or not supported.
     """
     path, file = _find_files(Path(folder))
@@ -121,9 +118,8 @@ def check_tokenizer(folder: str | Path, shape: ModelConfig, tokenizer) -> None:
 
 
 def add_thoughts(model: Mistral, settings: ThoughtConfig, dash_id: int, generator) -> QuietSTaR:
-    """Wrap a model in a QuietSTaR, which predicts as the model does until it is trained.
-
-    Both markers start as the em dash, row `dash_id` of the embedding. New parameters are float32.
+    """Wrap a model in a QuietSTaR, which predicts as the model does until it is trained. Both
+    markers start as the em dash, row `dash_id` of the embedding. New parameters are float32.
     """
     embedding_D = model.embed.weight[dash_id].detach()
     quiet = QuietSTaR(model, settings).init_thoughts(embedding_D.cpu(), generator)
@@ -173,7 +169,6 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
                shard_bytes: float = 5e9, tokenizer=None,
                tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Write `model` in our layout, and `tokenizer` beside it. Raises UserError if it cannot.
-
     `dtype` None keeps each tensor's own, `shard_bytes` bounds a file, `tensors` by name replace the
     parameters. A killed save leaves no config.json, hence nothing that looks like a checkpoint.
     """
@@ -312,29 +307,3 @@ def _transfer_moments(model, optimizer, step: int, folder: Path, dist: Distribut
     except dcp.CheckpointException as found:          # it is a BaseException
         error, _ = next(iter(found.failures.values()))
         raise UserError(f"{folder}: {type(error).__name__}: {error}") from None
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    checkpoint: str = ""              # folder to read, in any supported layout
-    out: str = ""                     # folder to write, in our layout
-    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"  # type of the new tensors
-
-    def __post_init__(self):
-        if not self.checkpoint or not self.out:
-            raise UserError("--checkpoint=FOLDER and --out=FOLDER are needed")
-
-
-def main():
-    (cfg,) = config.parse(ConvertConfig)
-    folder = find_checkpoint(cfg.checkpoint)
-    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
-    dtype = None if cfg.dtype == "stored" else getattr(torch, cfg.dtype)
-    model = load_model(folder, dtype=None)
-    with _written(Path(cfg.out)):
-        save_model(model, cfg.out, dtype, tokenizer=tokenizer)
-    print(f"wrote {cfg.out}", "and its tokenizer" if tokenizer else "(there was no tokenizer)")
-
-
-if __name__ == "__main__":
-    config.run(main)

@@ -194,20 +194,16 @@ def fsync(path: Path) -> None:
 
 
 class Progress:
-    """Share done and time left on stderr: each second on a screen, twice a minute elsewhere."""
+    """Share done and time left on stderr, every 30 seconds."""
     def __init__(self, n_work: int, what: str, show: bool = True):
-        self.n_work = max(1, n_work)
-        self.what, self.show, self.done = what, show, 0
-        self.on_screen = sys.stderr.isatty()
+        self.n_work, self.what, self.show, self.done = max(1, n_work), what, show, 0
         self.started = self.shown = time.monotonic()
 
     def __call__(self, work: int) -> None:
         self.done += work
         now = time.monotonic()
-        wait = 1 if self.on_screen else 30                   # seconds
-        if self.show and now - self.shown > wait:
-            self.shown = now
-            spent = now - self.started
+        if self.show and now - self.shown > 30:
+            self.shown, spent = now, now - self.started
             left = spent * (self.n_work - self.done) / self.done
-            line = f"{self.what}: {self.done / self.n_work:.0%} in {spent:.0f} s, {left:.0f} s left"
-            print(line, file=sys.stderr, end="\r" if self.on_screen else "\n", flush=True)
+            print(f"{self.what}: {self.done / self.n_work:.0%} in {spent:.0f} s, {left:.0f} s left",
+                  file=sys.stderr, flush=True)

@@ -146,11 +146,10 @@ class TokenFile:
 
 
 class Batches:
-    """Random windows of `seq_len` tokens. Row r of step s depends on (seed, s, r) alone.
-
-    So any number of ranks and micro-batches sees the same text, and resuming needs only the step.
-    Mode "document" (official code) draws a document, and a window of it if it is longer; a shorter
-    one is padded on the right (eos or 0, `valid` False). "stream" (nanoGPT): a window of them all.
+    """Random windows of `seq_len` tokens. Row r of step s depends on (seed, s, r) alone. So any
+    number of ranks and micro-batches sees the same text, and resuming needs only the step. Mode
+    "document" (official code) draws a document, and a window of it if it is longer; a shorter one
+    is padded on the right (eos or 0, `valid` False). "stream" (nanoGPT): a window of them all.
     """
     def __init__(self, token_file: TokenFile, seq_len, mode="stream", seed=0):
         if mode == "stream" and token_file.n_tokens < seq_len:

@@ -73,8 +73,8 @@ def cleanup() -> None:
 
 
 def restarts_enabled() -> bool:
-    """Return whether torchrun restarts dead processes (--max-restarts), the same on all nodes."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    """Return True if torchrun restarts dead processes (--max-restarts)."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def parallelize(objective, dist: Distributed, dtype: torch.dtype = torch.float32):

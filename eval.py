@@ -7,13 +7,11 @@
     torchrun --nproc_per_node=8 eval.py ... --against=out/plain/gsm8k.json
 
 Every scored token is predicted twice by the same model: from the base state, and from that state
-mixed with the one after a single greedy thought at that position. Scored are the next tokens of a
-token file, or the answers of a task. The controls stand on the same footing: every table has the
+mixed with the one after a single greedy thought at that position. Controls: every table has the
 base after temperature scaling; --thoughts=shuffled gives each position the thought of another one;
 plain training and filler tokens are other checkpoints, and --against compares two results in pairs.
 
-Left out on purpose: tasks with formats of their own (tasks/lm_eval_harness.py), and averages over
-seeds (tools/figures.py).
+Left out on purpose: other people's tasks (tasks/lm_eval_harness.py), means over seeds (figures).
 """
 import json
 from dataclasses import dataclass, replace
@@ -59,13 +57,12 @@ class EvalConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
 
     def __post_init__(self):
-        asks = self.asks_questions
-        if not self.checkpoint or not (self.file if asks else self.data):
+        source = self.file if self.asks_questions else self.data
+        if not self.checkpoint or not source:
             raise UserError("--checkpoint=FOLDER is needed, and --data=FOLDER or, for gsm8k and "
                             "commonsense_qa, --file=FILE")
         if self.votes and self.thoughts == "shuffled":
-            raise UserError("--votes with --thoughts=shuffled: text that is being written has no "
-                            "other thoughts to take")
+            raise UserError("--votes with --thoughts=shuffled: new text has no others to take")
         if self.against and not Path(self.against).is_file():
             raise UserError(f"--against={self.against} is not there: name the json of another run")
         config.check_at_least(self, texts=1, seq_len=2, limit=0, votes=0, temperature=0,
@@ -81,25 +78,16 @@ class EvalConfig:
         """The json to write, "" for none."""
         if self.out or not self.asks_questions:
             return self.out
-        # the name tells such results of one checkpoint apart
-        parts = [self.task]
-        if self.votes:
-            parts.append(f"votes{self.votes}")
-        if self.thoughts != "own":
-            parts.append(self.thoughts)
-        if self.thought_len is not None:
-            parts.append(f"T{self.thought_len}")
-        return str(Path(self.checkpoint, "-".join(parts) + ".json"))
+        return str(Path(self.checkpoint, f"{self.task}-votes{self.votes}-{self.thoughts}.json"))
 
 
 def evaluate_data(model, tokenizer, cfg: EvalConfig, dist: Distributed) -> dict:
     """Score the text of cfg.data: sums per text for tasks.bootstrap, and bins of tokens."""
-    token_file = TokenFile(cfg.data, cfg.split)
-    task = load_task(cfg.task)
+    token_file, task = TokenFile(cfg.data, cfg.split), load_task(cfg.task)
     scores = score_texts(model, token_file, tokenizer, cfg.texts, cfg.seq_len, cfg.thoughts,
                          cfg.batch_size, dist, temperatures=TEMPERATURES, task=task)
     # the measures, and beside them the base after temperature scaling
-    text, thought = scores["text"], scores["thought"]
+    text, thought = scores["text"], scores["thought"].astype(int)
     values = {name: scores[name] for name in MEASURES}
     values["count"] = np.ones(len(text))
     values["nll_scaled"], temperatures = temperature_scaled(scores["nll_at"], text, least=True)
@@ -127,9 +115,8 @@ def print_result(result: dict, means: dict, cfg: EvalConfig):
     print(f"{cfg.file or cfg.data}: {n} {what}, {result.get('tokens', n)} scored; "
           f"thoughts: {cfg.thoughts}; 95 % intervals over {what}")
     print(format_table(means))
-    for measure, (first, second) in result["temperatures"].items():
-        print(f"{measure} is scaled at temperature {first:.2f} and {second:.2f}, each fitted on "
-              "the other half")
+    for measure, halves in result["temperatures"].items():
+        print(measure, "scaled at temperatures {:.2f} and {:.2f}, one a half".format(*halves))
     if "nll_mixed-nll_base" in means and means["nll_mixed-nll_base"]["mean"] != 0:
         for name in [name for name in BINNED if name in result]:
             print(f"\nfrom the least to the greatest {BINNED[name]}\n" + format_bins(result[name]))
@@ -140,19 +127,17 @@ def print_result(result: dict, means: dict, cfg: EvalConfig):
 
 
 def main():
-    # setup: this process's rank and device, and the tokenizer of the data
+    # setup: rank and device, tokenizer and model
     (cfg,) = config.parse(EvalConfig)
     dist = init_distributed(cfg.device)
     tokenizer = load_tokenizer(cfg.data or find_checkpoint(cfg.checkpoint))
-
-    # model
     model = load_for_inference(cfg.checkpoint, cfg.device, tokenizer)
     if cfg.thought_len is not None:
         if not thinks(model):
             raise UserError(f"--thought_len={cfg.thought_len}: {cfg.checkpoint} does not think")
         model.config = replace(model.config, thought_len=cfg.thought_len)
 
-    # score
+    # score, on this rank's share of the batches
     out = cfg.result_path
     if cfg.asks_questions:
         result = evaluate_questions(model, tokenizer, cfg, dist, out)
@@ -174,8 +159,7 @@ def main():
     # print
     if dist.is_main:
         print_result(result, means, cfg)
-        if out:
-            print(f"wrote {out}")
+        print(f"wrote {out}" if out else "")
     cleanup()
 
 

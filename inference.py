@@ -4,16 +4,12 @@
     output = texts.step()                         # one more token for each of the B texts
 
 One output token takes: the base state at the last position, one thought of T tokens behind it, one
-mixed prediction; then the thought is dropped. A thought at the end of the text is an ordinary
-causal continuation, so the text's own cache serves: the thought is written beyond the last token,
-and the next token overwrites it. That is T + 1 passes a token, whatever the length of the text;
-with a gate, T + 2 for the texts that think and 1 for the others.
+mixed prediction; then the thought is dropped. The text's own cache serves: the thought is written
+beyond the last token, and the next token overwrites it. That is T + 1 passes a token, whatever the
+length of the text; with a gate, T + 2 for the texts that think and 1 for the others.
 
-Left out on purpose: beam search and serving.
-
-Shapes: those of thoughts.py, and b texts of a batch of B that think.
+Left out on purpose: beam search and serving. Shapes: those of thoughts.py; b of B texts think.
 """
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +28,6 @@ class StepOutput:
     """One output token of each of the B texts, and the thought before it."""
     token_B: torch.Tensor
     mixing_weight_B: torch.Tensor         # 0 base only, 1 thought only
-    gain_B: torch.Tensor                  # nats: log p(token) with the thought, minus without
     thought_BT: torch.Tensor              # ids; -1 in the rows that did not think
     thinks_B: torch.Tensor                # which rows did
     base_logp_BV: torch.Tensor            # log-probabilities at temperature 1, without the thought
@@ -45,9 +40,8 @@ def row_generators(seed: int, rows) -> list[np.random.Generator]:
 
 
 def sample_next(logits_BV, uniform_B, temperature: float, top_k: int = 0, top_p: float = 1.0):
-    """One token a row: the argmax at temperature 0, else the one that `uniform_B` in [0, 1) picks.
-
-    `top_p` keeps the likeliest tokens that hold this probability, `top_k` at most so many (0: any).
+    """One token a row: the argmax at temperature 0, else the one that `uniform_B` in [0, 1) picks
+    from the likeliest tokens that hold the probability `top_p`, at most `top_k` of them (0: any).
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
@@ -65,10 +59,9 @@ def sample_next(logits_BV, uniform_B, temperature: float, top_k: int = 0, top_p:
 class Generator:
     """B texts that grow by one token a call. `model` is a QuietSTaR, or a Mistral without thoughts.
 
-    ids_BL is right-padded; length_B says how much of each row is text (at least one token). Up to
-    `max_new_tokens` tokens can follow. Thoughts are greedy; output tokens come from `sample_next`
-    with the random numbers of `generators`, one for each row. A `gate` (tools/gate.py) decides from
-    the base state who thinks; without `think` nobody does.
+    ids_BL is right-padded; length_B says how much of each row is text. Thoughts are greedy; output
+    tokens come from `sample_next` with the random numbers of `generators`, one for each row. A
+    `gate` (tools/gate.py) decides from the base state who thinks; without `think` nobody does.
     """
     @torch.no_grad()
     def __init__(self, model, ids_BL, length_B, max_new_tokens: int, temperature: float = 0.0,
@@ -128,19 +121,13 @@ class Generator:
         self.last_B1 = token_B[:, None]
         self.position_B1 = self.position_B1 + 1
         self.longest += 1                     # tokens of the longest text
-        # what the thought did to the likelihood of the token
-        base_logp_BV = base_logits_BV.log_softmax(-1)
-        mixed_logp_BV = logits_BV.log_softmax(-1)
-        gain_BV = mixed_logp_BV - base_logp_BV
-        gain_B1 = gain_BV.gather(1, self.last_B1)
         return StepOutput(
             token_B=token_B,
             mixing_weight_B=weight_B,
-            gain_B=gain_B1[:, 0],
             thought_BT=thought_BT,
             thinks_B=thinks_B,
-            base_logp_BV=base_logp_BV,
-            mixed_logp_BV=mixed_logp_BV)
+            base_logp_BV=base_logits_BV.log_softmax(-1),
+            mixed_logp_BV=logits_BV.log_softmax(-1))
 
     def drop_finished(self, rows_B):
         """Go on with the texts `rows_B` (bool) alone."""
@@ -170,10 +157,7 @@ class Generator:
         return self._read(x_BSD, position_BS, self.cache).unbind(1)
 
     def _think(self, thinks_B, start_BD):
-        """A greedy thought after each text that thinks: the state at its end, and its tokens.
-
-        `start_BD`: the states at the start marker, if it was read already.
-        """
+        """A greedy thought after each text that thinks: the state at its end, and its tokens."""
         cfg = self.model.config
         T = self.thought_len
         # of the texts that think: cache, positions, markers
@@ -192,8 +176,8 @@ class Generator:
             return hidden_b1D[:, -1], thought_bT
         # T greedy tokens, one pass each
         for t in range(T):
-            token_b, _ = sample_tokens(
-                state_bD, self.mistral.head.weight, masked_ids=cfg.marker_ids)
+            head_VD = self.mistral.head.weight
+            token_b, _ = sample_tokens(state_bD, head_VD, masked_ids=cfg.marker_ids)
             thought_bT[:, t] = token_b
             x_bSD = start_b1D if cfg.filler else self.mistral.embed(token_b[:, None])
             position_bS = position_b1 + t + 1
@@ -214,11 +198,10 @@ def cut_at(text: str, stops) -> tuple[str, bool]:
 
 
 @torch.no_grad()
-def complete(model, prompts: list[list[int]], tokenizer, max_new_tokens: int,
-             stop: Callable[[int, str], bool], think: bool = True, temperature: float = 0.0,
-             keys: list[tuple[int, ...]] | None = None) -> list[str]:
-    """Continue each prompt (ids) in one batch, up to `max_new_tokens` tokens, the end of the text,
-    or `stop(row, its text so far)`. `keys` seed the random numbers of each row.
+def complete(model, prompts, tokenizer, max_new_tokens: int, stop, think=True, temperature=0.0,
+             keys=None):
+    """Continue prompts (ids) in one batch, each up to `max_new_tokens` tokens, the end of the text,
+    or until `stop(row, its text so far)` is true. `keys` seed the random numbers of each row.
     """
     device = base_model(model).embed.weight.device
     ids_BL, length_B = pad_ids(prompts, device)

@@ -1,8 +1,6 @@
 """The output head: cross-entropy and sampling over the vocabulary, a chunk of rows at a time.
 
-The logits of all thought tokens of a step would take gigabytes. Here at most CHUNK rows of them
-exist at once, and of each row only the result is kept.
-
+The logits of all thought tokens of a step would take gigabytes: at most CHUNK rows exist at once.
 Left out on purpose: torch's fused loss (in 2.13, not in 2.11; without temperature and row weights)
 and kernels of our own: at 7B the head is 1.5 % of a step.
 
@@ -80,11 +78,8 @@ def chunked_cross_entropy(hidden_RD, head_VD, target_R, weight_R, temperature=1.
 
 @torch.no_grad()
 def sample_tokens(hidden_RD, head_VD, uniform_R=None, masked_ids=()):
-    """Sample one token per row at temperature 1; return its id and its -log p (nats), both [R].
-
-    The token is a function of the model and of `uniform_R` in [0, 1) alone, whatever the batch
-    around it: it is the one whose share of the cumulative distribution holds that number. Without
-    `uniform_R` it is the argmax.
+    """Sample one token per row at temperature 1; return its id and its -log p (nats), both [R]. It
+    is the one whose share of the distribution holds `uniform_R` in [0, 1); without it, the argmax.
     """
     token_R = torch.empty(len(hidden_RD), dtype=torch.long, device=hidden_RD.device)
     nll_R = torch.empty(len(hidden_RD), device=hidden_RD.device)
@@ -102,9 +97,8 @@ def sample_tokens(hidden_RD, head_VD, uniform_R=None, masked_ids=()):
 
 
 def invert_cdf(p_RV, uniform_R):
-    """The column of each row whose share of the cumulative sum holds `uniform_R` times the total.
-
-    `p_RV` need not sum to one. A column of probability 0 is never chosen.
+    """The column of each row whose share of the cumulative sum holds `uniform_R` times the total;
+    never one of probability 0.
     """
     cumulative_RV = p_RV.cumsum(dim=-1)
     # stay strictly below the total, where the last columns may have no share

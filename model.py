@@ -4,11 +4,9 @@ A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention w
 sliding window, SwiGLU (arXiv 2310.06825). Llama and Qwen2 are the same modules with other numbers.
 
 The one seam: a block computes queries, keys and values, and the *context* that it was given decides
-who attends to whom. A text has a `CausalContext`, with or without a cache; thoughts bring contexts
-of their own (attention.py).
+who attends to whom. A text has a `CausalContext`; thoughts bring their own (attention.py).
 
-Left out on purpose: dropout (the checkpoints are trained without), mixture of experts, tensor
-parallelism. Checkpoints are read and written by checkpoint.py.
+Left out on purpose: dropout (checkpoints are trained without), mixture of experts.
 
 Shapes, as suffixes that a tensor keeps for life:
   B batch   S tokens in this pass   L text positions   D width          V vocabulary
@@ -78,15 +76,12 @@ def may_see(query_position, key_position, window: int | None):
 
 
 class KVCache:
-    """Keys and values of B texts, preallocated; slot t holds rotary position t.
-
-    The cache never needs truncating: queries do not attend to later positions, so the next text
-    token overwrites the first token of a thought that was dropped.
+    """Keys and values of B texts, preallocated; slot t holds rotary position t. It is never cut:
+    queries do not attend to later positions, so the next text token overwrites a thought.
     """
     def __init__(self, config: ModelConfig, batch: int, n_slots: int, device=None, dtype=None):
         shape = (config.n_layers, batch, config.n_kv_heads, n_slots, config.head_dim)
-        self.k_BKLE = torch.zeros(shape, device=device, dtype=dtype)
-        self.v_BKLE = torch.zeros(shape, device=device, dtype=dtype)
+        self.k_BKLE, self.v_BKLE = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
         self.row_B1 = torch.arange(batch, device=device)[:, None]
 
     def write(self, layer: int, position_BS, k_BSKE, v_BSKE):
@@ -101,18 +96,15 @@ class KVCache:
         if rows_B.all():
             return self
         part = copy.copy(self)
-        part.k_BKLE = self.k_BKLE[:, rows_B]
-        part.v_BKLE = self.v_BKLE[:, rows_B]
+        part.k_BKLE, part.v_BKLE = self.k_BKLE[:, rows_B], self.v_BKLE[:, rows_B]
         part.row_B1 = self.row_B1[:part.k_BKLE.shape[1]]
         return part
 
 
 class CausalContext:
     """Every token of a text attends to itself and to the tokens before it, within the window.
-
-    Without a cache the pass holds the whole text, positions 0 .. S-1. With one, each token is first
-    written at its own position, which may differ by row (right-padded prompts, then decoding).
-    Only the first `n_slots` slots of the cache are read: the caller knows that the rest is unused.
+    Without a cache the pass holds the whole text. With one, each token is first written at its own
+    position, which may differ by row; only the first `n_slots` slots of the cache are then read.
     """
     def __init__(self, position_BS, cache: KVCache | None = None, n_slots: int | None = None):
         self.position_BS, self.cache, self.n_slots = position_BS, cache, n_slots
@@ -153,7 +145,7 @@ def rope(position_BS, config: ModelConfig):
 
 
 def rotate(x_BSHE, cos, sin):
-    """Rotate the pairs (e, e + E/2): Hugging Face's order. Mistral's own files pair neighbours."""
+    """Rotate the pairs (e, e + E/2): Hugging Face's order; Mistral's own files pair neighbours."""
     first, second = x_BSHE.chunk(2, dim=-1)
     # each pair is a point in the plane: rotate it by its angle
     cos, sin = cos.to(x_BSHE.dtype), sin.to(x_BSHE.dtype)
@@ -174,15 +166,12 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD, cos, sin, context):
         # project, and split the width into heads
-        q_BSHE = self.q(x_BSD).unflatten(-1, (-1, self.head_dim))
-        k_BSKE = self.k(x_BSD).unflatten(-1, (-1, self.head_dim))
-        v_BSKE = self.v(x_BSD).unflatten(-1, (-1, self.head_dim))
+        heads = (-1, self.head_dim)
+        q_BSHE, k_BSKE, v_BSKE = (f(x_BSD).unflatten(-1, heads) for f in (self.q, self.k, self.v))
         # positions enter here, and nowhere else
         q_BSHE, k_BSKE = rotate(q_BSHE, cos, sin), rotate(k_BSKE, cos, sin)
-        return self.o(self.attend(context, q_BSHE, k_BSKE, v_BSKE).flatten(-2))
-
-    def attend(self, context, q_BSHE, k_BSKE, v_BSKE):
-        return context.attend(q_BSHE, k_BSKE, v_BSKE, self.layer, self.window)
+        out_BSHE = context.attend(q_BSHE, k_BSKE, v_BSKE, self.layer, self.window)
+        return self.o(out_BSHE.flatten(-2))
 
 
 class SwiGLU(nn.Module):
@@ -246,12 +235,6 @@ class Mistral(nn.Module):
             std = 0.02 / math.sqrt(2 * self.config.n_layers) if writes_residual else 0.02
             nn.init.normal_(p, std=std, generator=generator)
         return self
-
-    def compile_blocks(self, backend: str = "inductor"):
-        """Apply torch.compile to each block, but not to what the context computes in it."""
-        for block in self.layers:
-            block.attention.attend = torch.compiler.disable(block.attention.attend)
-            block.compile(backend=backend)
 
     def forward(self, ids_BS, context):
         """Token ids to hidden states after the final norm, [B, S, D]."""

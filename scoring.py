@@ -1,6 +1,6 @@
 """Score given text: the prediction at chosen positions, without a thought and after one.
 
-train.py, eval.py, tasks/qa.py and tasks/lm_eval_harness.py all predict here, in one of three ways:
+There are three ways of giving thoughts, the same for every evaluation:
   own        one greedy thought (argmax) at each chosen position, and at no other
   shuffled   the thought of another position of the batch: a control
   none       the base model alone
@@ -9,11 +9,10 @@ Shapes: those of thoughts.py, and R chosen positions of all texts of a batch.
 """
 import importlib
 
-import numpy as np
 import torch
 
 from config import Progress, UserError
-from distributed import SINGLE, Distributed, all_reduce_sum
+from distributed import SINGLE, all_reduce_sum
 from lm_head import CHUNK
 from model import CausalContext
 from thoughts import QuietSTaR, base_model, every_position, gather_ahead, logits_without_markers
@@ -25,8 +24,8 @@ FIELDS = ("nll_base", "nll_mixed", "right_base", "right_mixed", "mixing_weight",
           "thought", "nll_at")
 
 
-def thinks(model, thoughts: str = "own") -> bool:
-    """Whether `model` makes any use of thoughts in this way of scoring."""
+def thinks(model, thoughts="own"):
+    """True if `model` makes use of thoughts in this way of scoring."""
     return thoughts != "none" and isinstance(model, QuietSTaR)
 
 
@@ -52,18 +51,19 @@ def pad_ids(rows: list, device=None):
 def pack_positions(where_BL):
     """Chosen positions of each text, [B, P], and which are real: short rows repeat their first."""
     count_B1 = where_BL.sum(1, keepdim=True)
-    most = int(count_B1.max())
-    P = max(1, most)
+    P = max(1, int(count_B1.max()))
     chosen_first_BL = where_BL.int().argsort(dim=1, descending=True, stable=True)
     position_BP = chosen_first_BL[:, :P]
     real_BP = torch.arange(P, device=where_BL.device) < count_B1
-    return torch.where(real_BP, position_BP, position_BP[:, :1]), real_BP
+    first_B1 = position_BP[:, :1]
+    position_BP = torch.where(real_BP, position_BP, first_B1)
+    return position_BP, real_BP
 
 
 @torch.no_grad()
-def states_at(model, ids_BL, position_BP, real_BP, thoughts: str = "own"):
-    """The states from which the R real positions predict: base_RD, mixed_RD, mixing weight_R,
-    thought_RT. Where nobody thinks, mixed_RD is base_RD itself.
+def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
+    """States from which the R real positions predict: base_RD, mixed_RD (base_RD itself if nobody
+    thinks), mixing weight_R, thought_RT.
     """
     if not thinks(model, thoughts):
         context = CausalContext(every_position(ids_BL, last=True))
@@ -91,9 +91,9 @@ def states_at(model, ids_BL, position_BP, real_BP, thoughts: str = "own"):
 
 
 @torch.no_grad()
-def answer_logits(model, texts, thoughts: str = "own"):
+def answer_logits(model, texts, thoughts="own"):
     """For each text (ids, start) of one batch: base and mixed logits_SV of its tokens from `start`
-    on, and the mixing weight_S. Without thoughts the mixed logits are the base's own tensor.
+    on, and the mixing weight_S.
     """
     device = base_model(model).embed.weight.device
     rows, starts = zip(*texts)
@@ -153,51 +153,44 @@ def score_positions(model, ids_BL, where_BL, candidates=None, thoughts="own", te
         model, ids_BL, position_BP, real_BP, thoughts)
     nll_base, right_base, entropy_base, nll_at = score_targets(
         model, base_RD, target_R, candidates, temperatures)
-    nll_mixed, right_mixed = nll_base, right_base
+    nll_mixed = nll_base
+    right_mixed = right_base
     if mixed_RD is not base_RD:
         nll_mixed, right_mixed, _, _ = score_targets(model, mixed_RD, target_R, candidates)
     values = (
-        nll_base,
-        nll_mixed,
+        nll_base, nll_mixed,
         right_base, right_mixed,
         weight_R, entropy_base,
         thought_RT, nll_at)
-    return dict(zip(FIELDS, values, strict=True))
+    return dict(zip(FIELDS, values))
 
 
-def held_out_texts(token_file, n_texts: int, seq_len: int):
+def held_out_texts(token_file, n_texts, seq_len):
     """The first documents of a split, cut at `seq_len` tokens: ids_BL, valid_BL."""
     n = min(n_texts, token_file.n_docs)
     docs = [token_file.document(i)[:seq_len] for i in range(n)]
     if not docs:
         raise UserError(f"{token_file.path} holds no document to evaluate on: raise --val_share")
     ids_BL, length_B = pad_ids(docs)
-    column_L = torch.arange(ids_BL.shape[1])
-    return ids_BL, column_L < length_B[:, None]
+    column_BL = every_position(ids_BL, last=True)
+    return ids_BL, column_BL < length_B[:, None]
 
 
 def score_texts(
-        model,
-        token_file,
-        tokenizer,
-        n_texts: int,
-        seq_len: int,
-        thoughts: str = "own",
-        batch_size: int = 64,
-        dist: Distributed = SINGLE,
-        show_progress: bool = True,
+        model, token_file, tokenizer, n_texts, seq_len,
+        thoughts="own",
+        batch_size=64,
+        dist=SINGLE,
         temperatures=(),
-        task=None) -> dict[str, np.ndarray]:
-    """Score held-out documents: every next token, or the answers of `task` alone.
-
-    Returns an array for each of FIELDS, and "text", the number of the text, with an entry for each
-    scored token, in the order of the texts. Texts of like length share a batch, the longest first;
-    the ranks share the batches.
+        task=None):
+    """Score held-out documents: every next token, or the answers of `task` alone. Returns an array
+    for each of FIELDS and for "text", the number of the text, with an entry for each scored token.
     """
     device = base_model(model).embed.weight.device
     ids_BL, valid_BL = held_out_texts(token_file, n_texts, seq_len)
+    # the positions that have a next token, or an answer
     where_BL = torch.zeros_like(valid_BL)
-    where_BL[:, :-1] = valid_BL[:, 1:]                # positions with a next token
+    where_BL[:, :-1] = valid_BL[:, 1:]
     candidates = None
     if task:
         where_BL &= task.answer_positions(ids_BL, tokenizer)
@@ -205,44 +198,43 @@ def score_texts(
     n_scored = int(where_BL.sum())
     if not n_scored:
         raise UserError(f"{token_file.path}: the first {n_texts} texts hold nothing to score")
-    # every rank fills its own rows of zeros; the sum over ranks is the result
-    thought_len = 0
-    if thinks(model, thoughts):
-        thought_len = model.config.thought_len
+    # each rank fills its own rows of zeros
+    thought_len = model.config.thought_len if thinks(model, thoughts) else 0
     widths = {"thought": (thought_len,), "nll_at": (len(temperatures),)}
     scores = {}
     for name in FIELDS:
-        shape = n_scored, *widths.get(name, ())
+        shape = (n_scored, *widths.get(name, ()))
         scores[name] = torch.zeros(shape, dtype=torch.float64)
     index_BL = torch.zeros_like(ids_BL)
-    index_BL[where_BL] = torch.arange(n_scored)       # row of each scored token
+    index_BL[where_BL] = torch.arange(n_scored)       # where each scored token goes
+    # texts of like length share a batch, the longest first
     length_B = valid_BL.sum(1)
     longest_first_B = length_B.argsort(descending=True, stable=True)
-    batches = [rows for rows in longest_first_B.split(batch_size) if where_BL[rows].any()]
-    progress = Progress(n_scored, "scoring tokens", show_progress and dist.is_main)
+    batches = longest_first_B.split(batch_size)
+    progress = Progress(n_scored, "scoring tokens", dist.is_main)
     for rows in batches[dist.rank::dist.world_size]:
         width = int(length_B[rows[0]])
         ids_bL = ids_BL[rows, :width].to(device)
         where_bL = where_BL[rows, :width].to(device)
+        if not where_bL.any():
+            continue
         part = score_positions(model, ids_bL, where_bL, candidates, thoughts, temperatures)
         index_R = index_BL[rows][where_BL[rows]]
-        for name in FIELDS:
-            scores[name][index_R] = part[name].cpu().double()
+        for name, value in part.items():
+            scores[name][index_R] = value.cpu().double()
         progress(len(index_R) * dist.world_size)
-    arrays = {}
-    for name, value in scores.items():
-        if dist.world_size > 1:
-            value = all_reduce_sum(value.to(dist.device)).cpu()
-        arrays[name] = value.numpy()
-    arrays["thought"] = arrays["thought"].astype(int)
+    # the sum over ranks is the whole
+    if dist.world_size > 1:
+        for name, value in scores.items():
+            scores[name] = all_reduce_sum(value.to(dist.device)).cpu()
+    arrays = {name: value.numpy() for name, value in scores.items()}
     arrays["text"] = where_BL.nonzero()[:, 0].numpy()
     return arrays
 
 
-def evaluate_held_out(model, token_file, tokenizer, n_texts: int, seq_len: int, task=None):
+def evaluate_held_out(model, token_file, tokenizer, n_texts, seq_len, task):
     """Means over held-out text under their names in log.jsonl (behind "eval/")."""
-    scores = score_texts(
-        model, token_file, tokenizer, n_texts, seq_len, show_progress=False, task=task)
+    scores = score_texts(model, token_file, tokenizer, n_texts, seq_len, task=task)
     names = {"nll/base": "nll_base", "accuracy/base": "right_base"}
     if isinstance(model, QuietSTaR):
         names |= {"nll/mixed": "nll_mixed", "accuracy/mixed": "right_mixed",

@@ -20,9 +20,6 @@ Glossary (our word: meaning; the paper's word, the official code's word):
   branch           all tokens after one position: start marker, thought, end marker, then the
                    true tokens that follow in the text (M = T + A + 1 tokens)
 
-Unlike in the official code N thoughts share one pass over the text, and neither a large mask nor
-all logits are ever formed; the result is the same to 2e-6 (tests/test_golden.py).
-
 Shapes: those of model.py, and N thoughts per position, P positions that think, T thought tokens,
 A true tokens, M tokens of a branch.
 """
@@ -77,9 +74,8 @@ class Losses:
         n_base, n_mixed_A, n_policy = split_denominators(self.denominators)
         n_rewards = (n_policy / max(1, self.thought_BNPT.shape[-1])).clamp(min=1)
         policy_mask = self.policy_mask_BP[:, None]
-        target_mask = self.target_mask_BPA[:, None]
         mixed_nll_A = self.mixed_nll_BNPA.sum(dim=(0, 1, 2)) / n_mixed_A
-        sum_of_weights = (self.mixing_weight_BNPA * target_mask).sum()
+        sum_of_weights = (self.mixing_weight_BNPA * self.target_mask_BPA[:, None]).sum()
         return {
             "loss": self.loss.detach(),
             "loss/policy": self.policy_loss,
@@ -101,8 +97,7 @@ class QuietSTaR(nn.Module):
         self.start_thought = nn.Parameter(torch.empty(dim))
         self.end_thought = nn.Parameter(torch.empty(dim))
         self.mixing_head = nn.Sequential(
-            nn.Linear(2 * dim, dim), nn.ReLU(),
-            nn.Linear(dim, dim), nn.ReLU(),
+            nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(),
             nn.Linear(dim, 1, bias=False))
 
     @torch.no_grad()
@@ -180,7 +175,7 @@ class QuietSTaR(nn.Module):
             policy_mask_BP=policy_mask_BP, denominators=counts)
 
     def sample_and_read(self, ids_BL, position_BP, uniform_BNPT, thought_BNPT, all_positions: bool):
-        """Steps 1 and 2. Returns the final hidden states of the text [B, L, D] and of the branches
+        """Steps 1 and 2: final hidden states of the text [B, L, D] and of the branches
         [B, N, P, M, D], the thoughts, and their mean nll (0 where they were given).
         """
         thought_nll_BNP = torch.zeros(())
@@ -201,9 +196,8 @@ class QuietSTaR(nn.Module):
         """
         N, T = n_thoughts, self.config.thought_len
         B, P = context.think_position_BP.shape
-        device = self.start_thought.device
-        thought_BNPT = torch.zeros(B, N, P, T, dtype=torch.long, device=device)
-        nll_BNP = torch.zeros(B, N, P, device=device)
+        thought_BNPT = self.start_thought.new_zeros(B, N, P, T, dtype=torch.long)
+        nll_BNP = self.start_thought.new_zeros(B, N, P, dtype=torch.float32)
         states = []
         if self.config.filler:
             return thought_BNPT, nll_BNP, states
@@ -229,8 +223,7 @@ class QuietSTaR(nn.Module):
         pass: each branch sees the text up to its own position and itself (attention.may_attend).
         """
         branch_BNPMD = self.embed_branch(ids_BL, position_BP, thought_BNPT, n_after)
-        _, N, P, M, _ = branch_BNPMD.shape
-        L = ids_BL.shape[1]
+        (_, N, P, M, _), L = branch_BNPMD.shape, ids_BL.shape[1]
         # one sequence: the text, then all branches; the context knows who sees whom
         x_BSD = torch.cat((self.model.embed(ids_BL), branch_BNPMD.flatten(1, 3)), dim=1)
         context = PackedContext(L, position_BP, N, M, all_positions)
@@ -243,20 +236,16 @@ class QuietSTaR(nn.Module):
         start = self.start_thought.expand(B, N, P, 1, -1)
         end = self.end_thought.expand(B, N, P, 1, -1)
         # the control experiment repeats the start marker instead
+        thought = self.model.embed(thought_BNPT)
         if self.config.filler:
             thought = start.expand(-1, -1, -1, T, -1)
-        else:
-            thought = self.model.embed(thought_BNPT)
-        if n_after == 0:
-            return torch.cat((start, thought, end), dim=3)
-        true_BPa, _ = true_tokens(ids_BL, torch.ones_like(ids_BL).bool(), position_BP, n_after)
+        true_BPa, _ = true_tokens(ids_BL, ids_BL >= 0, position_BP, n_after)
         true = self.model.embed(true_BPa)[:, None].expand(-1, N, -1, -1, -1)
         return torch.cat((start, thought, end, true), dim=3)
 
     def mix(self, base, thought):
-        """Mix two states [..., D]: weight 0 gives `base`, weight 1 gives `thought`.
-
-        The weight comes from the mixing head and is unbounded. Returns the mixture and the weight.
+        """Mix two states [..., D]: weight 0 gives `base`, weight 1 gives `thought`. Returns the
+        mixture and the weight, which nothing bounds.
         """
         # the head is linear, so mixing states is mixing logits
         base = base.expand_as(thought)
@@ -291,10 +280,10 @@ class QuietSTaR(nn.Module):
 def denominators(valid_BL, config: ThoughtConfig, n_positions: int | None = None):
     """How many terms each average of the loss has: [base, mixed at each of A, policy], float64.
 
-    A step over several micro-batches or ranks adds these up first, so that its averages have one
+    A step adds these up over its micro-batches and ranks first, so that each average has one
     denominator. REINFORCE looks at positions 0 .. L-2-A, one fewer than have all A true tokens, and
-    counts padded ones in its average: both as in the official code. If only `n_positions` of the
-    L-1 think, drawn at random, their terms stand for all, so the counts shrink by that share.
+    counts padded ones: both as in the official code. If only `n_positions` of the L-1 think, drawn
+    at random, the counts shrink by that share.
     """
     L = valid_BL.shape[1]
     position_BP = every_position(valid_BL)
@@ -335,8 +324,7 @@ def true_tokens(ids_BL, valid_BL, position_BP, n_true: int):
     L = ids_BL.shape[1]
     index_BPA = position_BP[:, :, None] + torch.arange(1, n_true + 1, device=ids_BL.device)
     flat = index_BPA.clamp(max=L - 1).flatten(1)
-    ids_BPA = ids_BL.gather(1, flat).view_as(index_BPA)
-    valid_BPA = valid_BL.gather(1, flat).view_as(index_BPA)
+    ids_BPA, valid_BPA = (x.gather(1, flat).view_as(index_BPA) for x in (ids_BL, valid_BL))
     return ids_BPA, valid_BPA & (index_BPA < L)
 
 

@@ -26,10 +26,9 @@ _ONE_DIGIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s
 
 
 class Tokenizer:
-    """Base class. `encode` makes ids below `vocab_size`; `bos` and `eos` are ids or None.
-
-    `pieces` has the bytes of each id, then of the two markers of a thought. `load_tokenizer` adds
-    `path` and `sha256`, a subclass `name`, the usual one of its file, and `_encode(text) -> ids`.
+    """Base class. `encode` makes ids below `vocab_size`; `bos` and `eos` are ids or None. `pieces`
+    has the bytes of each id, then of the two markers of a thought. `load_tokenizer` adds `path` and
+    `sha256`, a subclass `name`, the usual one of its file, and `_encode(text) -> ids`.
     """
     sample = "  a " + "".join(map(chr, range(32, 127))) + "\n\tb"     # text that must survive
 
@@ -61,10 +60,9 @@ class Tokenizer:
 
 
 class Stream:
-    """Decode ids as they come: all that `push` and then `flush` return, joined, is the text.
-
-    The bytes of an unfinished character wait for the rest. To continue a prompt, push its ids first
-    and drop the result: only at the very beginning is a space no part of the text.
+    """Decode ids as they come: all that `push` and then `flush` return, joined, is the text. The
+    bytes of an unfinished character wait for the rest. To continue a prompt, push its ids first and
+    drop the result: only at the very beginning is a space no part of the text.
     """
     def __init__(self, tokenizer):
         self.pieces = tokenizer.pieces
@@ -109,7 +107,6 @@ class SentencePieceTokenizer(Tokenizer):
 
 class TiktokenTokenizer(Tokenizer):
     """Read tekken.json (Nemo, Ministral) or byte-level tokenizer.json (Qwen2, SmolLM2, Llama 3).
-
     tiktoken needs a regular expression that cuts text into words, and a vocabulary {bytes: id}; it
     merges the pair of neighbours with the lowest id first. tokenizer.json spells bytes as letters
     and lists merges, which is the same if ids were given in the order of the merges.

@@ -18,6 +18,7 @@ import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -29,10 +30,10 @@ import config
 import distributed
 from config import UserError
 from data import RNG_THOUGHTS, RNG_WEIGHTS, Batches, TokenFile, seed_of
-from lm_head import chunked_cross_entropy
 from model import CausalContext, Mistral, ModelConfig
 from scoring import evaluate_held_out, load_task
-from thoughts import QuietSTaR, ThoughtConfig, base_model, denominators, every_position
+from thoughts import (QuietSTaR, ThoughtConfig, base_model, denominators, every_position,
+                      masked_cross_entropy)
 from tokenizer import dash_id, load_tokenizer
 from tools.one_pass import use_one_pass
 
@@ -59,7 +60,6 @@ class TrainConfig:
     grad_clip: float = 1.0            # largest norm of the whole gradient (official code: 1)
     think_share: float = 1.0          # share of positions, drawn at random, that think at each step
     recompute: int = 0                # activation checkpointing of every n-th block; 0 none, 1 all
-    compile: bool = False             # torch.compile the blocks; the first step takes minutes
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of the matrix products
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # auto: ddp for several processes
@@ -78,41 +78,28 @@ class TrainConfig:
             raise UserError("--out=FOLDER and --data=FOLDER are needed (data.py makes the data)")
 
 
-@dataclass
-class PlainLosses:
-    """The result of one forward pass of PlainObjective."""
-    loss: torch.Tensor                # nats per token; carries the gradient
-
-    def metrics(self):
-        loss = self.loss.detach()
-        return {"loss": loss, "nll/base": loss}
-
-
 class PlainObjective(nn.Module):
     """Next-token prediction without thoughts: the control, and what pretrains a base."""
     def __init__(self, model: Mistral):
         super().__init__()
         self.model = model
 
-    def forward(self, ids_BL, valid_BL, counts=None) -> PlainLosses:
-        """The mean nll; counts[0], by default of this micro-batch, is the denominator."""
-        mask_BL = valid_BL[:, 1:]
-        n_tokens = mask_BL.sum() if counts is None else counts[0]
+    def forward(self, ids_BL, valid_BL, counts=None):
+        """The mean nll as `.loss`; its denominator is counts[0], else that of this micro-batch."""
+        n_tokens = valid_BL[:, 1:].sum() if counts is None else counts[0]
         context = CausalContext(every_position(ids_BL, last=True))
         hidden_BLD = self.model(ids_BL, context)
-        target_R = ids_BL[:, 1:][mask_BL]
-        weight_R = (1 / n_tokens.clamp(min=1)).float().expand_as(target_R)
-        loss, _ = chunked_cross_entropy(hidden_BLD[:, :-1][mask_BL], self.model.head.weight,
-                                        target_R, weight_R)
-        return PlainLosses(loss)
+        loss, _ = masked_cross_entropy(
+            hidden_BLD[:, :-1], self.model.head.weight, target=ids_BL[:, 1:],
+            mask=valid_BL[:, 1:], weight=1 / n_tokens.clamp(min=1))
+        nll = loss.detach()
+        metrics = {"loss": nll, "nll/base": nll}
+        return SimpleNamespace(loss=loss, metrics=lambda: metrics)
 
 
 def build_model(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: ThoughtConfig, tokenizer,
-                resumed: Path | None) -> Mistral | QuietSTaR:
-    """The model to train: from scratch, from a checkpoint, or the one to resume.
-
-    A checkpoint's weights are mapped as they are stored, from pages that all ranks share.
-    """
+                resumed: Path | None):
+    """The model to train: from scratch, from a checkpoint, or the one to resume."""
     generator = torch.Generator().manual_seed(seed_of(cfg.seed, RNG_WEIGHTS))
     if cfg.init_from == "scratch" and not resumed:
         model = Mistral(model_cfg).init_weights(generator)
@@ -128,7 +115,7 @@ def build_model(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: ThoughtCo
     return checkpoint.add_thoughts(base, thought_cfg, dash_id(tokenizer), generator)
 
 
-def build_optimizer(model, cfg: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model, cfg: TrainConfig):
     """AdamW in four groups; `scale` is how many times `lr` a group takes."""
     groups = {
         "decay": dict(params=[], scale=1.0, weight_decay=cfg.weight_decay),
@@ -175,8 +162,7 @@ def thought_randoms(cfg: TrainConfig, thought_cfg: ThoughtConfig, step: int, row
 
 
 def configure():
-    """Read the command line; what it leaves out comes from the checkpoint that is continued.
-
+    """Read the command line, with the settings of the checkpoint that is continued as defaults.
     Returns the three configs, and the state of the run to resume, or None.
     """
     kinds = (TrainConfig, ModelConfig, ThoughtConfig)
@@ -210,15 +196,16 @@ def configure():
     return cfg, model_cfg, thought_cfg, state
 
 
-COLUMNS = (("loss", "loss", ".4f"), ("nll/base", "base", ".4f"), ("nll/mixed", "mixed", ".4f"),
-           ("thought/reward", "reward", "+.4f"), ("thought/entropy", "entropy", ".3f"),
-           ("thought/mixing_weight", "weight", "+.3f"), ("grad_norm", "norm", ".2f"),
-           ("lr", "lr", ".1e"), ("tokens/s", "tok/s", ".0f"))
+COLUMNS = {                           # how the screen shows a name of the log
+    "nll/base": ("base", ".4f"), "nll/mixed": ("mixed", ".4f"),
+    "thought/reward": ("reward", "+.4f"), "thought/entropy": ("entropy", ".3f"),
+    "thought/mixing_weight": ("weight", "+.3f"),
+    "grad_norm": ("norm", ".2f"), "lr": ("lr", ".1e"), "tokens/s": ("tok/s", ".0f")}
 
 
 class RunLog:
     """log.jsonl, a row a step under stable names; the same on the screen about once a second."""
-    def __init__(self, out: Path, step: int, is_main: bool):
+    def __init__(self, out, step, is_main):
         self.path, self.is_main, self.printed = out / "log.jsonl", is_main, 0.0
         if is_main and self.path.is_file():
             # a resumed run drops the rows of steps that its checkpoint does not hold
@@ -229,7 +216,7 @@ class RunLog:
             with config.atomic_write(self.path) as temporary:
                 temporary.write_text(text)
 
-    def row(self, step: int, steps: int, values: dict, always=False):
+    def row(self, step, steps, values, always=False):
         if not self.is_main:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,16 +225,13 @@ class RunLog:
         if always or time.monotonic() > self.printed + 1:
             self.printed = time.monotonic()
             shown = [f"step {step}/{steps}"]
-            for name, head, form in COLUMNS:
-                if name in values:
-                    shown.append(f"{head} {values[name]:{form}}")
             for name, value in values.items():
-                if name.startswith("eval/"):
-                    shown.append(f"{name} {value:.4f}")
+                head, form = COLUMNS.get(name, (name, ".4f"))
+                shown.append(f"{head} {value:{form}}")
             print("  ".join(shown), flush=True)
 
 
-def check_finite(loss: float, norm: float, step: int, out: Path):
+def check_finite(loss, norm, step, out):
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise UserError(f"loss is {loss} at step {step} (grad norm {norm}); nothing was learnt "
                         f"from it; last good checkpoint: {checkpoint.last_good(out)}")
@@ -278,8 +262,6 @@ def main():
     model = build_model(cfg, model_cfg, thought_cfg, tokenizer, resumed)
     base = base_model(model)
     base.recompute = cfg.recompute
-    if cfg.compile:
-        base.compile_blocks()
     is_quiet = isinstance(model, QuietSTaR)
     branch_len = thought_cfg.thought_len + thought_cfg.n_true + 1 if is_quiet else 0
     if cfg.seq_len + branch_len > base.config.max_seq_len:

@@ -81,7 +81,6 @@ def permute_rope(tensor, name: str, config: ModelConfig):
 
 def from_config(given: dict, path: Path) -> tuple[ModelConfig, ThoughtConfig | None]:
     """Read a params.json, or a config.json of transformers 4 or 5, and its `quiet_star` section.
-
     Raises UserError for an architecture that is not supported.
     """
     is_hf = path.name == "config.json"
@@ -154,9 +153,8 @@ def _rope(rope: dict, path: Path) -> dict:
 
 
 def to_config(config: ModelConfig, thoughts: ThoughtConfig | None, dtype: torch.dtype) -> dict:
-    """Return the config.json that `from_config` reads back, spelled as by transformers 4.
-
-    Raises UserError for windows of several lengths, which it cannot express.
+    """Return the config.json that `from_config` reads back, spelled as by transformers 4. Raises
+    UserError for windows of several lengths, which it cannot express.
     """
     windows = [config.window(i) or 0 for i in range(config.n_layers)]
     if len(set(windows)) > 1:         # among several, a window as long as the context is none
@@ -209,9 +207,8 @@ class LazyTensor:
 
 
 def open_tensors(path: Path) -> dict[str, LazyTensor]:
-    """Map the tensors of a .safetensors file, or of all files that an index (.json) names.
-
-    Raises UserError if a file is missing, cut short, or something else.
+    """Map the tensors of a .safetensors file, or of all files that an index (.json) names. Raises
+    UserError if a file is missing, cut short, or something else.
     """
     if path.suffix == ".json":
         files = set(read_json(path).get("weight_map", {}).values())

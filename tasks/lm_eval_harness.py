@@ -5,13 +5,8 @@
         --tasks gsm8k_cot_zeroshot [--include_path=FOLDER]
 
 All options are those of the harness; --model_args are checkpoint and thoughts (own, shuffled,
-none). A likelihood is that of eval.py: only the scored positions think. To read the questions of
-a task from a file instead of a download, put a yaml into FOLDER, with absolute paths:
-
-    include: .../site-packages/lm_eval/tasks/gsm8k/gsm8k-cot-zeroshot.yaml
-    task: gsm8k_cot_zeroshot
-    dataset_path: json
-    dataset_kwargs: {data_files: {train: /data/gsm8k_train.jsonl, test: /data/gsm8k_test.jsonl}}
+none). A likelihood is that of eval.py: only the scored positions think. docs/RESULTS.md shows how
+to read the questions of a task from a file instead of a download.
 
 Left out on purpose: chat templates, top_p and top_k, several processes, --batch_size=auto.
 """

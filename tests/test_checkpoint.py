@@ -19,6 +19,7 @@ from formats import huggingface
 from layouts import add_settings, save_mistral, save_official
 from model import CausalContext, KVCache, Mistral, ModelConfig, rope, rotate
 from thoughts import QuietSTaR, ThoughtConfig
+from tokenizer import load_tokenizer
 from toys import tiny_mistral, tiny_quiet
 
 ROOT = Path(__file__).parents[1]
@@ -689,14 +690,15 @@ def test_a_folder_without_a_checkpoint_or_with_a_broken_config_is_one_line(singl
 # ------------------------------------------------------------------------------------ command, size
 
 
-def test_the_command_converts_and_brings_the_tokenizer(tmp_path):
+def test_a_loaded_checkpoint_is_saved_in_our_layout_with_its_tokenizer(tmp_path):
+    """Reading one layout and writing ours is two calls."""
     quiet = tiny_quiet()
     save_official(quiet, tmp_path / "official")
     words = json.dumps(dict(words=[f"w{i}" for i in range(22)], bos=None, eos="w3"))
     (tmp_path / "official" / "words.json").write_text(words)
-    options = [f"--checkpoint={tmp_path / 'official'}", f"--out={tmp_path / 'out'}",
-               "--dtype=bfloat16"]
-    subprocess.run([sys.executable, ROOT / "checkpoint.py", *options], check=True)
+    model = load_model(tmp_path / "official", dtype=None)
+    save_model(model, tmp_path / "out", torch.bfloat16,
+               tokenizer=load_tokenizer(tmp_path / "official"))
     assert (tmp_path / "out" / "words.json").read_text() == words
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 3
     again = load_model(tmp_path / "out", dtype=None)
@@ -704,35 +706,11 @@ def test_the_command_converts_and_brings_the_tokenizer(tmp_path):
     assert torch.equal(again.mixing_head[0].weight, quiet.mixing_head[0].weight.bfloat16())
 
 
-def test_the_command_keeps_the_stored_dtype_and_needs_no_tokenizer(tmp_path, call):
+def test_a_copy_keeps_the_stored_dtype_and_needs_no_tokenizer(tmp_path):
     model = tiny_mistral().to(torch.bfloat16)
     save_mistral(model, tmp_path / "mistral")
-    status, stdout, _ = call(checkpoint, "--checkpoint", tmp_path / "mistral",
-                             f"--out={tmp_path / 'out'}")
-    assert status == 0 and stdout.endswith("(there was no tokenizer)\n")
+    save_model(load_model(tmp_path / "mistral", dtype=None), tmp_path / "out")
     assert_same_parameters(load_model(tmp_path / "out", dtype=None), model)
-
-
-def test_a_full_disk_ends_a_conversion_in_one_line(tmp_path):
-    save_model(tiny_mistral(), tmp_path / "in")
-    full = ("import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); "
-            "runpy.run_path('checkpoint.py', run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", full, f"--checkpoint={tmp_path / 'in'}",
-                           f"--out={tmp_path / 'out'}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: cannot save to {tmp_path / 'out'}: ")
-    assert not list((tmp_path / "out").iterdir())
-
-
-@pytest.mark.parametrize("options, message", [
-    ([], "--checkpoint=FOLDER and --out=FOLDER are needed"),
-    (["--checkpoint=a", "--out=b", "--dtype=int8"],
-     "--dtype: 'int8' is not one of stored, float32, bfloat16"),
-    (["--checkpoint=nowhere", "--out=b"], "nowhere is missing")])
-def test_the_command_ends_mistakes_in_one_line(options, message, call):
-    status, _, stderr = call(checkpoint, *options)
-    assert status == 2 and stderr.count("\n") == 1 and stderr.startswith("error: ")
-    assert message in stderr
 
 
 MEASURE = """

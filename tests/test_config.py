@@ -133,7 +133,7 @@ def test_a_users_mistake_is_one_line_without_a_traceback_in_a_process_of_its_own
 
 
 @pytest.mark.parametrize("script", [
-    "train", "sample", "eval", "data", "checkpoint", "tasks.shell_game", "tools.bench",
+    "train", "sample", "eval", "data", "tasks.shell_game", "tools.bench",
     "tools.memory", "tools.gate", "tools.figures"])
 def test_every_script_ends_a_mistake_in_one_line_and_status_2(script, monkeypatch, capsys):
     main = importlib.import_module(script).main

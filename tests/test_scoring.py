@@ -7,7 +7,7 @@ import torch
 
 import config
 from data import TokenFile
-from scoring import pack_positions, pad_ids, score_positions, score_targets, score_texts
+from scoring import pack_positions, score_positions, score_targets, score_texts
 from tasks import shell_game
 from tokenizer import load_tokenizer
 from toys import texts, tiny_mistral, tiny_quiet
