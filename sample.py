@@ -1,166 +1,165 @@
-"""Generate text in the terminal, or read one that is given, and see the thoughts.
+"""Generate text, or read a given one, and show the thoughts before its tokens.
 
     python sample.py --checkpoint=out/quiet                            # interactive; Ctrl-D ends
     python sample.py --checkpoint=out/quiet --prompt="ball c : ab cd ce now" --show-thoughts
-    python sample.py --checkpoint=out/quiet --prompt="..." --samples=3 --temperature=1 --stop="\\n"
+    python sample.py --checkpoint=out/quiet --temperature=1 --samples=3 --stop="\\n" < prompt.txt
     python sample.py --checkpoint=out/quiet --text-file=a.txt --html=a.html    # teacher forcing
     python sample.py --checkpoint=out/quiet --prompt="..." --think=gate --gate=1.5     # or never
 
-Tokens stream as they come. The seed decides the text, however it is shown, and each of several
-samples is the same alone or beside the others.
-
+The seed decides the text, however it is shown; a sample is the same alone or beside others.
 Left out on purpose: chat templates, and a memory: each prompt begins anew.
-
-Read next: generate.py
 """
 import signal
 import sys
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 
 import config
+from checkpoint import find_checkpoint, load_for_inference
 from config import UserError
-from tools import page
-import tokenizer as tokenizers
-import weights
-from inference import Gate, Generator, read_gate, row_streams
-from tools.show import View, show
-from thoughts import QuietSTaR
-from tools.trace import Line, Token, generated, given
+from inference import Generator, row_generators
+from scoring import states_at
+from thoughts import QuietSTaR, base_model, every_position, logits_without_markers
+from tokenizer import load_tokenizer
+from tools.gate import read_gate
+from tools.page import page
+from tools.show import TextStream, describe, show, take_steps
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    checkpoint: str = ""              # folder
-    prompt: str = ""                  # text to continue; default: standard input
-    prompt_file: str = ""             # the same from a file
-    text_file: str = ""               # a text to read instead, under teacher forcing
-    max_new_tokens: int = 40                 # visible tokens
-    temperature: float = 0.0          # of the visible tokens; 0 takes the most likely
-    top_k: int = 0                    # only so many of the likeliest tokens; 0 considers all
-    top_p: float = 1.0                # only the likeliest tokens that hold this probability
-    seed: int = 0
-    samples: int = 1                  # texts of one prompt, in one batch
+    checkpoint: str = ""              # folder of the model
+    prompt: str | None = None         # text to continue (default: standard input)
+    text_file: str = ""               # file of a text to read instead, under teacher forcing
+    max_new_tokens: int = 40          # number of tokens to add, thoughts not counted
+    temperature: float = 0.0          # temperature of the added tokens; 0 takes the likeliest
+    top_k: int = 0                    # draw from this many likeliest tokens; 0 draws from all
+    top_p: float = 1.0                # draw from the likeliest tokens that hold this probability
+    seed: int = 0                     # seed that decides the text
+    samples: int = 1                  # number of texts to write for one prompt, in one batch
     stop: str = ""                    # end before this text (\n is a newline), or at end of text
-    think: str = "always"             # always | never | gate
-    gate: str = ""                    # nats of entropy that open the gate, or gate.py's file
-    show_thoughts: bool = False       # each token's thought, mixing weight and gain
-    threshold: float = 0.0            # show only thoughts that gained or lost so many nats
-    json: bool = False                # a line of JSON per token, with everything
-    html: str = ""                    # file: a page that shows everything
-    compile: bool = False             # for long texts on a GPU: the first token takes minutes
-    device: str = "auto"              # auto | cpu | cuda
+    think: Literal["always", "never", "gate"] = "always"  # when to think before a token
+    gate: str = ""                    # nats of entropy that open the gate, or a tools.gate file
+    show_thoughts: bool = False       # show each token's thought, mixing weight and gain
+    html: str = ""                    # file to write a page to that shows everything
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
 
     def __post_init__(self):
-        if not self.checkpoint:
-            raise UserError("--checkpoint=FOLDER is needed")
-        if self.think not in ("always", "never", "gate"):
-            raise UserError(f"--think={self.think} is not one of always, never, gate")
-        if (self.think == "gate") != bool(self.gate):
-            raise UserError("--think=gate and --gate=NATS (or FILE) need each other")
         config.check_at_least(self, max_new_tokens=1, samples=1, temperature=0, top_k=0, seed=0)
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p={self.top_p} is not above 0 and at most 1")
-        if self.samples > 1 and self.temperature == 0:
-            raise UserError(f"--samples={self.samples} are all the same at --temperature=0: "
-                             "raise it")
-        if self.compile and self.gate and self.samples > 1:
-            raise UserError(f"--compile with --gate and --samples={self.samples}: how many texts "
-                             "think would change from pass to pass; leave one of them out")
-        if self.show_thoughts and (self.json or self.think == "never"):
-            other = "--json" if self.json else "--think=never"
-            raise UserError(f"--show-thoughts and {other} contradict each other")
-        if sum(map(bool, (self.prompt, self.prompt_file, self.text_file))) > 1:
-            raise UserError("give one of --prompt, --prompt-file and --text-file")
-        if self.text_file and not (self.show_thoughts or self.json or self.html):
-            raise UserError("--text-file is to be looked at: add --show-thoughts, --json or "
-                             "--html=FILE")
+        mistakes = {
+            "--checkpoint=FOLDER is needed": not self.checkpoint,
+            "--think=gate and --gate need each other": (self.think == "gate") != bool(self.gate),
+            f"--top_p={self.top_p} is not above 0 and at most 1": not 0 < self.top_p <= 1,
+            "give one of --prompt and --text-file": self.text_file and self.prompt is not None}
+        for message, mistaken in mistakes.items():
+            if mistaken:
+                raise UserError(message)
 
 
-def generate(cfg: SampleConfig, objective, tokenizer, gate: Gate | None,
-             prompt: str) -> list[list[Token]]:
-    """Continue a prompt on standard output; the tokens of every sample, the prompt's included."""
-    ids = tokenizer.encode(prompt, bos=True)
-    if not prompt or not ids:
-        raise UserError("the prompt is empty: give --prompt=TEXT, --prompt-file=FILE or text on "
-                         "standard input")
-    model = objective if isinstance(objective, QuietSTaR) else objective.model
-    ids_BL = torch.tensor([ids] * cfg.samples, device=objective.model.embed.weight.device)
-    length_B = torch.full_like(ids_BL[:, 0], len(ids))
-    texts = Generator(model, ids_BL, length_B, cfg.max_new_tokens, cfg.temperature, cfg.top_k,
-                      think=cfg.think != "never", top_p=cfg.top_p, gate=gate,
-                      streams=row_streams(cfg.seed, range(cfg.samples)), compiled=cfg.compile)
-    stop = cfg.stop.replace("\\n", "\n")
-    lines = [Line(tokenizer, ids, sample, stop) for sample in range(cfg.samples)]
-    view = View(sys.stdout, cfg.show_thoughts, cfg.json, cfg.threshold)
-    return show(generated(texts, tokenizer, lines, cfg.max_new_tokens), lines, view)
+@torch.no_grad()
+def teacher_forced(model, tokenizer, ids: list[int], think=True, gate=None) -> TextStream:
+    """Read a given text, with a greedy thought before each token, or only where a `gate` opens.
+
+    Raises UserError if the text and a thought exceed the context, or one token predicts no other.
+    """
+    base = base_model(model)
+    think = think and isinstance(model, QuietSTaR)
+    branch_len = model.config.thought_len + model.config.n_true + 1 if think else 0
+    longest = base.config.max_seq_len - branch_len
+    if not 2 <= len(ids) <= longest:
+        raise UserError(f"the text is {len(ids)} tokens: 2 to {longest} fit beside a thought")
+    # a thought at every position; position j predicts token j + 1
+    ids_1L = torch.tensor([ids], device=base.embed.weight.device)
+    position_1P = every_position(ids_1L)
+    base_PD, mixed_PD, weight_P, thought_PT = states_at(
+        model, ids_1L, position_1P, position_1P >= 0, "own" if think else "none")
+    # the reward of each thought, as in training
+    reward_P = [None] * len(base_PD)
+    if think:
+        losses = model(ids_1L, ids_1L >= 0, position_1P, thought_BNPT=thought_PT[None, None])
+        reward_P = losses.reward_BNP[0, 0].tolist()
+    stream = TextStream(tokenizer, ids)
+    stream.prompt, stream.waiting = stream.prompt[:1], stream.prompt[1:]
+    # logits are made token by token, because those of a whole text are large
+    rows = zip(base_PD.split(1), mixed_PD.split(1), weight_P, thought_PT, reward_P)
+    for token, (base_1D, mixed_1D, weight, thought_T, reward) in zip(stream.waiting, rows):
+        base_1V = logits_without_markers(model, base_1D).log_softmax(-1)
+        if not think or gate and not gate.opens(base_1D, base_1V):
+            mixed_1D, thought_T, reward = base_1D, None, None
+        mixed_1V = logits_without_markers(model, mixed_1D).log_softmax(-1)
+        describe(token, tokenizer, base_1V[0], mixed_1V[0], weight, thought_T)
+        token.reward = reward
+    stream.end()
+    return stream
 
 
-def read(cfg: SampleConfig, objective, tokenizer, gate: Gate | None,
-         text: str) -> list[list[Token]]:
-    """Show what thinking does to a text that is given; its tokens."""
+def texts_of(cfg: SampleConfig):
+    """Yield the given text or, at a terminal, one typed prompt after another until Ctrl-D."""
+    if cfg.text_file:
+        yield config.read_text(cfg.text_file).removesuffix("\n")
+    elif cfg.prompt is not None:
+        yield cfg.prompt
+    elif not sys.stdin.isatty():
+        yield sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n")
+    else:
+        import readline                   # noqa: F401, it makes input() editable
+        with suppress(EOFError, KeyboardInterrupt):
+            while True:
+                yield input("\n> ")
+        print()
+
+
+def answer(cfg: SampleConfig, model, tokenizer, gate, text: str) -> None:
+    """Continue a prompt, or read the text of --text-file, and show the tokens."""
+    think = cfg.think != "never"
     ids = tokenizer.encode(text, bos=True)
-    if len(ids) < 2:
-        raise UserError(f"{cfg.text_file} has {len(ids)} tokens: two are needed, since the first "
-                         "is predicted by none")
-    first, *rest = given(objective, tokenizer, ids, cfg.think != "never", gate)
-    if not (cfg.show_thoughts or cfg.json):
-        return [[first, *rest]]
-    view = View(sys.stdout, cfg.show_thoughts, cfg.json, cfg.threshold)
-    return show(rest, [Line(tokenizer, ids[:1])], view)
-
-
-def written(cfg: SampleConfig) -> str:
-    """The text of the command line, of a file, or of standard input."""
-    path = cfg.text_file or cfg.prompt_file
-    if cfg.prompt or (not path and "--prompt" in config.options_on_command_line()):
-        return cfg.prompt
-    try:
-        text = Path(path).read_text(encoding="utf-8") if path else sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path or 'standard input'} is not UTF-8 text: {error}") from None
-    return text.removesuffix("\n")
-
-
-def typed() -> Iterator[str]:
-    """What a person types, a prompt a line, until Ctrl-D, or Ctrl-C at the prompt."""
-    import readline                       # noqa: F401, it makes input() editable
-    while True:
-        try:
-            prompt = input("\n> ")
-        except (EOFError, KeyboardInterrupt):
-            return print()
-        if prompt:
-            yield prompt
+    if not text or not ids:
+        raise UserError("the prompt is empty: give --prompt or standard input")
+    if cfg.text_file:
+        streams, steps = [teacher_forced(model, tokenizer, ids, think, gate)], None
+    else:
+        # the samples are the rows of one batch; each draws from random numbers of its own
+        ids_BL = torch.tensor([ids] * cfg.samples, device=base_model(model).embed.weight.device)
+        length_B = torch.full_like(ids_BL[:, 0], len(ids))
+        generators = row_generators(cfg.seed, range(cfg.samples))
+        generator = Generator(model, ids_BL, length_B, cfg.max_new_tokens, cfg.temperature,
+                              cfg.top_k, cfg.top_p, generators, think, gate)
+        # each text ends by itself: at the stop string, or at the end-of-text token
+        stop = cfg.stop.replace("\\n", "\n")
+        streams = [TextStream(tokenizer, ids, stop) for _ in range(cfg.samples)]
+        steps = take_steps(generator, streams, cfg.max_new_tokens)
+    # every step of a generation is shown as soon as its text is decided
+    show(streams, steps, cfg.show_thoughts or cfg.text_file)
+    # the page needs all tokens, so it is written last
+    if cfg.html:
+        texts = [stream.prompt + stream.tokens for stream in streams]
+        with config.atomic_write(cfg.html) as temporary:
+            temporary.write_text(page(texts, cfg.checkpoint), "utf-8")
 
 
 def main():
     (cfg,) = config.parse(SampleConfig)
-    tokenizer = tokenizers.load(weights.find_checkpoint(cfg.checkpoint))
-    objective = weights.load_objective(cfg.checkpoint, cfg.device, tokenizer).requires_grad_(False)
-    if not isinstance(objective, QuietSTaR) and (cfg.show_thoughts or cfg.html or cfg.gate):
+    # the tokenizer lies beside the weights
+    tokenizer = load_tokenizer(find_checkpoint(cfg.checkpoint))
+    model = load_for_inference(cfg.checkpoint, cfg.device, tokenizer).requires_grad_(False)
+    if not isinstance(model, QuietSTaR) and (cfg.show_thoughts or cfg.html or cfg.gate):
         raise UserError(f"{cfg.checkpoint} has no thoughts to show: train it to think (train.py)")
-    gate = read_gate(cfg.gate, objective) if cfg.gate else None
-    person = sys.stdin.isatty() and not (cfg.prompt_file or cfg.text_file
-                                         or "--prompt" in config.options_on_command_line())
-    for prompt in typed() if person else [written(cfg)]:
+    # a gate decides before each token whether a thought there is likely to pay
+    gate = read_gate(cfg.gate, model) if cfg.gate else None
+    for text in texts_of(cfg):
         try:
-            texts = (read if cfg.text_file else generate)(cfg, objective, tokenizer, gate, prompt)
-            if cfg.html:
-                content = page.page(texts, Path(cfg.checkpoint).name)
-                weights.atomic_write(cfg.html, lambda path: path.write_text(content, "utf-8"))
+            answer(cfg, model, tokenizer, gate, text)
         except KeyboardInterrupt:                                 # enough of this text
             print()
         except UserError as error:
-            if not person:
+            if cfg.text_file or cfg.prompt is not None or not sys.stdin.isatty():
                 raise
-            print(f"error: {error}", file=sys.stderr)             # another prompt may be right
+            print("error: " + config.printable(str(error)), file=sys.stderr)    # ask again
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):        # `| head` ends it quietly
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)                 # `| head` ends it quietly
     config.run(main)

@@ -1,11 +1,11 @@
-"""Quiet-STaR the obvious way: the oracle for equality and the yardstick for speed.
+"""Quiet-STaR the obvious way: the oracle that thoughts.py must equal.
 
-What the official code does in spirit, written from the algorithm alone: the text repeated once per
-thought, one pass with gradients per branch token over all positions at once, keys and values
-concatenated and repeated for every query head, one dense mask per pass, two full sets of logits
-after every pass (its own and the mixed ones), all kept. To generate, every position of the whole
-prefix thinks again for every token. Equal results, and no more waste than that: no products with
-one-hot tokens, no masks in floating point.
+The official code's scheme, written from the algorithm alone: the text repeated once per thought,
+one pass with gradients per branch token over all positions at once, keys and values concatenated
+and repeated for every query head, one dense mask per pass, two full sets of logits after every pass
+(its own and the mixed ones), all kept. To generate, every position of the whole prefix thinks again
+for every token. It wastes no more than that: no products with one-hot tokens, no masks in floating
+point.
 """
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class NaiveContext:
     def position_BS(self):
         return sum(self.query)[None]
 
-    def advance(self, P: int):
+    def begin_pass(self, P: int):
         self.query = torch.arange(P), torch.full((P,), int(self.step[-1]) + 1)
         self.at, self.step = (torch.cat(pair) for pair in zip((self.at, self.step), self.query))
         return self
@@ -43,7 +43,7 @@ class NaiveContext:
 
 
 def choose(logits_RPV, uniform_RP=None):
-    """The first token whose cumulative probability exceeds the number; without one, the argmax."""
+    """The first token whose cumulative probability exceeds the number; without it, the argmax."""
     if uniform_RP is None:
         return logits_RPV.argmax(-1)
     below_RPV = logits_RPV.detach().softmax(-1).cumsum(-1)
@@ -52,7 +52,7 @@ def choose(logits_RPV, uniform_RP=None):
 
 
 def later(x_RL, a: int, P: int):
-    """x at j + a for each of the first P positions j; past the end, what nobody scores."""
+    """x at j + a for each of the first P positions j; past the end, values that are not scored."""
     return x_RL.roll(-a, dims=1)[:, :P]
 
 
@@ -67,17 +67,17 @@ class Passes:
     def read(self, x_RPD, a: int = 0):
         """One branch token at each position; the mixed logits are of a true tokens further on."""
         quiet, base_RPD = self.quiet, later(self.base_RLD, a, self.P)
-        hidden_RPD = quiet.model.transform(x_RPD, self.context.advance(self.P))
-        excluded_V = torch.zeros(quiet.model.config.vocab_size, dtype=torch.bool)
-        excluded_V[list(quiet.config.marker_ids)] = True
-        own_logits_RPV = quiet.model.head(hidden_RPD).masked_fill(excluded_V, -torch.inf)
+        hidden_RPD = quiet.model.transform(x_RPD, self.context.begin_pass(self.P))
+        masked_V = torch.zeros(quiet.model.config.vocab_size, dtype=torch.bool)
+        masked_V[list(quiet.config.marker_ids)] = True
+        own_logits_RPV = quiet.model.head(hidden_RPD).masked_fill(masked_V, -torch.inf)
         weight_RP1 = quiet.mixing_head(torch.cat((base_RPD, hidden_RPD), dim=-1))
         mixed_RPD = (1 - weight_RP1) * base_RPD + weight_RP1 * hidden_RPD
         self.own_logits.append(own_logits_RPV)
         self.mixed_logits.append(quiet.model.head(mixed_RPD))
 
     def think(self, decide):
-        """start, y_1 .. y_T, end, one pass each; `decide(t, logits)` says y_t."""
+        """start, y_1 .. y_T, end, one pass each; `decide(t, logits)` returns y_t."""
         R = len(self.base_RLD)
         self.read(self.quiet.start_thought.expand(R, self.P, -1))
         for t in range(self.quiet.config.thought_len):

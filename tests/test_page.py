@@ -6,12 +6,14 @@ import re
 import pytest
 
 import browser
-from tools import page
 import sample
-from inference import Gate
-from tokenizer import START_THOUGHT, Tokenizer
+from checkpoint import save_model
+from config import printable
+from tokenizer import START_THOUGHT, Tokenizer, load_tokenizer
+from tools import page
+from tools.gate import Gate
+from tools.show import Token
 from toys import tiny_quiet
-from tools.trace import Token, given
 
 PIECES = ["<b>bold", "</b>", " &", " &amp;", ' "quoted"', " 'x'", " ", b"\xf0\x9f", b"\x8e\xb2",
           " é", f" {START_THOUGHT}", " </script>", "</span></style>\n", " -->", " ]]>\t",
@@ -40,7 +42,9 @@ def chromium():
 @pytest.fixture(scope="module")
 def tokens():
     quiet = tiny_quiet(model=dict(vocab_size=len(PIECES)))
-    return given(quiet, Tokenizer(PIECES, None, None), [*range(len(PIECES))] * 9, gate=Gate(2.2))
+    ids = [*range(len(PIECES))] * 9
+    stream = sample.teacher_forced(quiet, Tokenizer(PIECES, None, None), ids, gate=Gate(2.2))
+    return stream.prompt + stream.tokens
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def test_hover_and_keyboard_focus_reveal_the_thought(chromium, url, tokens, size
     thinkers = [t for t in tokens if t.thinks]
     assert 0 < len(thinkers) < len(tokens) - 1 and chromium.run(SHOWN) == ""
     for token in (thinkers[0], thinkers[3], next(t for t in tokens[1:] if not t.thinks)):
-        name = f"t0-{token.place}"
+        name = f"t0-{[t is token for t in tokens].index(True)}"
         chromium.hover(f"#{name}")
         assert chromium.run(SHOWN) == f"{name}-card"
         card = chromium.run(f"document.getElementById('{name}-card').innerText")
@@ -84,7 +88,7 @@ def test_hover_and_keyboard_focus_reveal_the_thought(chromium, url, tokens, size
                    "without the thought"])
         assert all(words in card for words in wanted)
         thought = chromium.run(f"document.querySelector('#{name}-card .thought').textContent")
-        assert thought == page.html.unescape(page.literal(token.thought)) or not token.thinks
+        assert thought == printable(token.thought, keep="\n\r\t") or not token.thinks
         best = chromium.run(f"document.querySelectorAll('#{name}-card li').length")
         assert best == (10 if token.thinks else 5)
     chromium.hover("h1")
@@ -146,7 +150,7 @@ def test_it_is_readable_in_light_and_dark_wide_and_narrow(chromium, tmp_path, si
     path = tmp_path / "strong.html"
     best = ((1, "<w>", 0.7), (2, "a rather long token" * 4, 0.2))
     path.write_text(page.page([[
-        Token(0, n, 1, f" word{n}", True, "so\n" * 40, (1,), 0.5, (-9.0, 9.0, 0.0)[n % 3], -10.0,
+        Token(1, f" word{n}", True, "so\n" * 40, 0.5, (-9.0, 9.0, 0.0)[n % 3], -10.0,
               1.0, 0.1, best, best) for n in range(200)]], "toy"), "utf-8")
     chromium.open(path.as_uri(), *size, dark)
     ink, paper = (colour(chromium, "body", name) for name in ("color", "backgroundColor"))
@@ -177,10 +181,8 @@ def test_it_is_readable_in_light_and_dark_wide_and_narrow(chromium, tmp_path, si
 
 
 def test_the_page_of_a_prompt_holds_every_sample(chromium, call, game, tmp_path):
-    import tokenizer as tokenizers
-    import weights
-    weights.save(tiny_quiet(model=dict(vocab_size=20, max_seq_len=64)), tmp_path / "model",
-                 tokenizer=tokenizers.load(game))
+    save_model(tiny_quiet(model=dict(vocab_size=20, max_seq_len=64)), tmp_path / "model",
+               tokenizer=load_tokenizer(game))
     argv = (f"--checkpoint={tmp_path}/model", "--prompt=ball c : ab", "--max_new_tokens=8",
             "--temperature=1", "--samples=3")
     status, text, _ = call(sample, *argv, f"--html={tmp_path}/page.html")
@@ -191,6 +193,15 @@ def test_the_page_of_a_prompt_holds_every_sample(chromium, call, game, tmp_path)
     assert grey == [4, 4, 4]                               # the prompt was predicted by nobody
 
 
+def test_what_could_reorder_or_hide_text_is_shown_as_an_escape():
+    """A bidi override in a generated text once turned the page's own words around."""
+    token = Token(1, " a\u202eb\x1b<", True, "\u2066\x07", 0.5, 0.1, -1.0, 1.0, None,
+                  ((1, "\u202e", 0.5),), ((1, "\u202e", 0.5),))
+    content = page.page([[token]], "model\u202e")
+    assert "a\\u202eb\\x1b&lt;" in content and "\\u2066\\x07" in content
+    assert not set(content) & {"\u202e", "\u2066", "\x1b", "\x07"}
+
+
 def test_a_text_of_unpredicted_tokens_or_none_still_makes_a_page():
-    assert "0 tokens" in page.page([[Token(0, 0, 1, "only")]], "toy")
+    assert "0 tokens" in page.page([[Token(1, "only")]], "toy")
     assert math.isfinite(len(page.page([[]], "toy")))

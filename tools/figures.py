@@ -1,197 +1,134 @@
-"""The README's figures and tables, from log.jsonl, eval.py's json, and the attention rule.
+"""Figures (with matplotlib) and tables of log.jsonl, of eval.py's json, and of the attention rule.
 
-    python figures.py --kind=mask --out=mask.png
-    python figures.py --kind=curves --input=out/quiet/log.jsonl,out/plain/log.jsonl --out=curves.png
-    python figures.py --kind=top --input=out/quiet/eval.json,out/quiet/log.jsonl --out=top.png
-    python figures.py --kind=table --input=0-base.json,1-base.json   # mean and spread by file name
+    python -m tools.figures --kind=mask --out=mask.png
+    python -m tools.figures --kind=learning --input=out/quiet/log.jsonl --plain=out/plain/log.jsonl
+    python -m tools.figures --kind=table --input=0-base.json,1-base.json
 
-Needs matplotlib (pip install matplotlib), except for the table.
-
-Read next: compare.py
+Files named SEED-NAME.json are runs of one thing: shown are mean, lowest and highest.
 """
 import json
 import re
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import torch
 
 import config
-from config import UserError
 from attention import may_attend
+from config import UserError
 
-BASE, MIXED, MUTED = "#7f7f7f", "#0b6e4f", "#c8c8c8"
-
-
-def canvas(columns: int, width: float = 4.2, height: float = 3.2):
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, columns, figsize=(width * columns, height),
-                                   layout="constrained", squeeze=False)
-    for ax in axes[0]:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
+BASE, MIXED, PLAIN = "#6f6f6f", "#0b6e4f", "#b5651d"
+TABLE_MEASURES = "right_base right_mixed nll_base nll_scaled nll_mixed reasoning_is_right".split()
 
 
-def mask(out: str, text_len: int = 5, thought_len: int = 2, n_true: int = 2):
-    """Rows attend to columns: the text, then what hangs off each of its positions."""
-    figure, (ax,) = canvas(1, 7.2, 7.2)
-    tokens = [(j, 0) for j in range(text_len)]
-    names = [f"x{j}" for j in range(text_len)]
-    branch = ["start", *(f"y{t + 1}" for t in range(thought_len)), "end"]
-    for j in range(text_len - 1):
-        inner = branch + [f"x{j + a + 1}" for a in range(n_true - 1)]
-        tokens += [(j, s + 1) for s in range(len(inner))]
-        names += inner
-    position, step = torch.tensor(tokens).T
-    same = position[:, None] == position[None]
-    sees = may_attend((position[:, None], step[:, None]), (position[None], step[None]), same).int()
-    colours = sees * (1 + (step[None] > 0).int())
+def mask(cfg, figure):
+    """Draw who may attend to whom: rows attend to columns, a text of 5 tokens and its thoughts."""
     from matplotlib.colors import ListedColormap
-    ax.imshow(colours, cmap=ListedColormap(["#f4f4f4", BASE, MIXED]), interpolation="nearest")
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    ax.set_yticks(range(len(names)), names, fontsize=7)
-    edges = [text_len + (len(branch) + n_true - 1) * j - 0.5 for j in range(text_len)]
-    for edge in edges:
-        ax.axhline(edge, color="white", linewidth=2)
-        ax.axvline(edge, color="white", linewidth=2)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    ax.set_title("each row sees: text up to its position (grey), its own thought so far (green)",
-                 fontsize=9, loc="left")
-    figure.savefig(out, dpi=130)
+    # text tokens have step 0; the k-th token branching off text position p has step k
+    names = "x0 x1 x2 x3 x4 start y1 y2 end x1 start y1 y2 end x2 start y1 y2 end x3".split()
+    position = np.array([int(p) for p in "01234" "00000" "11111" "22222"])
+    step = np.array([int(k) for k in "00000" "12345" "12345" "12345"])
+    same = position[:, None] == position
+    query = position[:, None], step[:, None]
+    sees = may_attend(query, (position, step), same)
+    ax = figure.subplots()
+    ax.imshow(sees * (1 + np.sign(step)), cmap=ListedColormap(["#f1f1f1", BASE, MIXED]))
+    ax.set_xticks(range(20), names, rotation=90)
+    ax.set_yticks(range(20), names)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    groups = "text", "thought\nafter x0", "thought\nafter x1", "thought\nafter x2"
+    for n, group in enumerate(groups):
+        ax.text(5 * n + 2, -3, group, ha="center")
+        ax.text(-3, 5 * n + 2, group, ha="right", va="center")
+        ax.axhline(5 * n - 0.5, color="white")
+        ax.axvline(5 * n - 0.5, color="white")
 
 
-def rows(path: str, name: str):
-    """Steps and values of one name in a log.jsonl."""
-    try:
-        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        pairs = [(step, row[name]) for step, row in [(r["step"], r) for r in lines] if name in row]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not the log.jsonl of a run: see its --out folder") from None
-    return ([step for step, _ in pairs], [value for _, value in pairs])
-
-
-def smooth(steps, values, window: int = 15):
-    """A running mean, shorter at the beginning."""
-    total = np.cumsum([0.0, *values])
-    first = np.maximum(0, np.arange(len(values)) - window + 1)
-    return steps, (total[1:] - total[first]) / (np.arange(len(values)) - first + 1)
-
-
-def curves(logs: tuple[str, ...], out: str):
-    """How a run learnt; further logs are drawn, grey, into the first panel for comparison."""
-    figure, (accuracy, nll, reward, weight) = canvas(4, 3.6)
-    log = logs[0]
-    accuracy.plot(*rows(log, "eval/accuracy/mixed"), color=MIXED, label="thinking")
-    accuracy.plot(*rows(log, "eval/accuracy/base"), color=BASE,
-                  label="the same model, not thinking")
-    for other in logs[1:]:
-        accuracy.plot(*rows(other, "eval/accuracy/base"), color=MUTED, linestyle="--",
-                      label=Path(other).parent.name)
-    accuracy.set(title="held-out accuracy", ylim=(0, 1.02))
-    nll.plot(*smooth(*rows(log, "nll/base")), color=BASE, label="base")
-    nll.plot(*smooth(*rows(log, "nll/mixed")), color=MIXED, label="mixed")
-    nll.set(title="training NLL (nats per token)")
-    reward.plot(*smooth(*rows(log, "thought/reward")), color=MIXED)
-    reward.axhline(0, color=MUTED, linewidth=0.8)
-    reward.set(title="reward (nats per thought)")
-    weight.plot(*smooth(*rows(log, "thought/mixing_weight")), color=MIXED, label="mixing weight")
-    weight.plot(*smooth(*rows(log, "thought/entropy")), color=BASE,
-                label="entropy of thoughts (nats)")
-    weight.set(title="mixing weight and entropy")
-    for ax in (accuracy, nll, weight):
-        ax.legend(frameon=False, fontsize=8)
-    for ax in (accuracy, nll, reward, weight):
-        ax.set_xlabel("step")
-        ax.title.set_fontsize(10)
-    figure.savefig(out, dpi=130)
-
-
-def top(path: str, log: str, out: str):
-    """What it does and how it came about: NLL by difficulty, reward and mixing weight by step."""
-    bins = evaluated(path, "difficulty")["difficulty"]
-    figure, (nll, reward, weight) = canvas(3, 3.9)
-    for name, colour, label in (("nll_base", BASE, "without thoughts"),
-                                ("nll_mixed", MIXED, "with thoughts")):
-        nll.plot(range(1, len(bins) + 1), [row[name] for row in bins], color=colour, marker="o",
-                 label=label)
-    reward.plot(*smooth(*rows(log, "thought/reward")), color=MIXED)
-    weight.plot(*rows(log, "eval/mixing_weight"), color=MIXED)
-    nll.set(title="held-out NLL (nats)", xlabel="easiest to hardest tenth for the base")
-    reward.set(title="reward in training (nats per thought)", xlabel="step")
-    weight.set(title="mixing weight, held-out", xlabel="step", ylim=(0, 1))
-    nll.legend(frameon=False, fontsize=8)
-    figure.savefig(out, dpi=130)
-
-
-COLUMNS = ("right_base", "right_mixed", "nll_base", "nll_sharp", "nll_mixed", "reasoning_is_right")
-
-
-def evaluated(path: str, *names: str) -> dict:
-    """What eval.py found on texts, with these names in it."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not found.keys() >= {"nll_base", *names}:
-        raise UserError(f"{path} is not what an evaluation found: eval.py --data --out writes it")
-    return found
-
-
-def runs(paths: tuple[str, ...], *names: str) -> dict[str, list[dict]]:
-    """What eval.py found, by file name without the seed in front of it."""
-    found = defaultdict(list)
+def logged(paths, name):
+    """Return the steps at which these log.jsonl have `name`, and its values, [runs, steps]."""
+    runs = []
     for path in paths:
-        found[re.sub(r"^\d+-", "", Path(path).stem)].append(evaluated(path, *names))
+        try:
+            rows = [json.loads(line) for line in config.read_text(path).splitlines()]
+            runs.append({row["step"]: row[name] for row in rows if name in row})
+        except (json.JSONDecodeError, KeyError, TypeError):
+            runs.append({})
+        if not runs[-1] or runs[-1].keys() != runs[0].keys():
+            raise UserError(f"{path} is not a log.jsonl with {name} at the same steps as the first")
+    return list(runs[0]), np.array([list(run.values()) for run in runs])
+
+
+def learning(cfg, figure):
+    """Draw held-out accuracy by step: a thin line for each seed, a thick one for their mean."""
+    ax = figure.subplots()
+    ax.axhline(0.2, color="black", linestyle="--")
+    ends = [(0.2, "chance", "black")]                      # one cup in five
+    for label, logs, which, colour in (
+            ("thinking", cfg.input, "mixed", MIXED),
+            ("same model, not thinking", cfg.input, "base", BASE),
+            ("plain training", cfg.plain, "base", PLAIN)):
+        if logs:
+            steps, values = logged(logs, f"eval/accuracy/{which}")
+            mean = values.mean(0)
+            ax.plot(steps, values.T, color=colour, linewidth=0.7, alpha=0.5)
+            ax.plot(steps, mean, color=colour, linewidth=2.2)
+            ends.append((mean[-1], label, colour))
+    # labels stand at the ends of their lines, but never over each other
+    height = -1.0
+    for value, label, colour in sorted(ends):
+        height = max(value, height + 0.06)
+        ax.text(steps[-1], height, f" {value:.3f} {label}", color=colour, va="center")
+    ax.set(xlabel="step", ylabel="held-out accuracy, seeds and mean", ylim=(0, 1.02), xmargin=0)
+
+
+def by_name(paths):
+    """Return lists of what eval.py wrote, by file name without the seed in front of it."""
+    found = {}
+    for path in paths:
+        result = config.read_json(path)
+        if not isinstance(result, dict) or "nll_base" not in result:
+            raise UserError(f"{path} is not a result of eval.py: its --data and --out write one")
+        name = re.sub(r"^\d+-", "", Path(path).stem)
+        found.setdefault(name, []).append(result)
     return found
 
 
-def table(paths: tuple[str, ...]) -> str:
-    """Markdown: a line per file name without its seed; mean of its runs (lowest to highest)."""
-    lines = ["| | runs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for name, results in runs(paths).items():
-        cells = []
-        for column in COLUMNS:
-            values = [r[column]["mean"] for r in results if column in r]
-            spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
-        lines.append(f"| {name} | {len(results)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def table(cfg):
+    """Print a line of Markdown for each name: the mean of its runs (lowest to highest)."""
+    print("| | runs | " + " | ".join(TABLE_MEASURES) + " |")
+    print("|---" * (len(TABLE_MEASURES) + 2) + "|")
+    for name, results in by_name(cfg.input).items():
+        cells = [name, str(len(results))]
+        for column in TABLE_MEASURES:
+            values = [result[column]["mean"] for result in results if column in result]
+            cell = f"{np.mean(values):.3f}" if values else ""
+            if len(values) > 1:
+                cell += f" ({min(values):.3f} to {max(values):.3f})"
+            cells.append(cell)
+        print("| " + " | ".join(cells) + " |")
 
 
 @dataclass(frozen=True)
 class FigureConfig:
-    kind: str = ""                    # top | mask | curves | table
-    input: tuple[str, ...] = ()       # files, by commas
+    kind: Literal["mask", "learning", "table"] = "table"  # what to draw or print
+    input: tuple[str, ...] = ()       # files to read, separated by commas
+    plain: tuple[str, ...] = ()       # log.jsonl files of plain training, for --kind=learning
     out: str = "figure.png"           # picture to write
-
-    def __post_init__(self):
-        if self.kind not in ("top", "mask", "curves", "table"):
-            raise UserError(f"--kind={self.kind} is none of top, mask, curves, table")
-        if self.kind != "mask" and not self.input:
-            raise UserError(f"--kind={self.kind} needs --input=FILE[,FILE]")
-        if self.kind == "top" and len(self.input) != 2:
-            raise UserError("--kind=top needs --input=EVAL_JSON,LOG_JSONL")
 
 
 def main():
     (cfg,) = config.parse(FigureConfig)
+    if cfg.kind != "mask" and not cfg.input:
+        raise UserError(f"--kind={cfg.kind} needs --input=FILE[,FILE]")
     if cfg.kind == "table":
-        print(table(cfg.input))
-        return
-    if cfg.kind == "mask":
-        mask(cfg.out)
-    elif cfg.kind == "top":
-        top(*cfg.input, cfg.out)
-    else:
-        curves(cfg.input, cfg.out)
+        return table(cfg)
+    import matplotlib.figure
+    matplotlib.rc("axes.spines", top=False, right=False)
+    figure = matplotlib.figure.Figure((8, 4.5), layout="constrained")
+    {"mask": mask, "learning": learning}[cfg.kind](cfg, figure)
+    with config.atomic_write(cfg.out) as temporary:
+        figure.savefig(temporary, dpi=160, format="png", bbox_inches="tight")
     print(f"wrote {cfg.out}")
 
 

@@ -1,126 +1,157 @@
-"""How tokens look as they come: in a terminal, in a pipe, as JSON.
+"""Tokens and their thoughts: as a text grows, and as they are shown in a terminal or a pipe.
 
-In a terminal the text flows, and a thought stands where it was thought, before its token: green if
-it helped, yellow if it hurt, dimmed if it did not matter. In a pipe there is a line per token, in
-plain columns. Colours are for terminals only, and not if NO_COLOR is set.
+    stream = TextStream(tokenizer, prompt_ids, stop="\\n")
+    show([stream], take_steps(generator, [stream], max_new_tokens=40), thoughts=True)
 
-Left out on purpose: a full-screen interface; page.py writes a page instead.
-
-Read next: page.py
+Left out on purpose: a full-screen interface, and the predictions of the tokens further ahead.
 """
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+import sys
+from dataclasses import dataclass
 
-from tools.trace import Line, Token
+import torch
 
-MATTERS = 0.1                             # nats of gain or loss; less is dimmed
+from config import printable
+
+N_LIKELIEST = 5                           # predictions kept of each token
+MATTERS = 0.1                             # nats of gain or loss; a thought of less is dimmed
 NOTE = "a thought is what raised the likelihood of the text, not a record of why"
 
 
-def literal(text: str, but: str = "") -> str:
-    """Harmless to a terminal, and on one line: control characters, `but` some, as Python writes
-    them."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]",
-                  lambda match: match[0] if match[0] in but else repr(match[0])[1:-1], text)
+@dataclass
+class Token:
+    """One visible token. In a prompt, and at the start of a text, only `id` and `text` are set."""
+    id: int
+    text: str = ""                        # text that it adds; "" until a character is whole
+    thinks: bool = False
+    thought: str = ""
+    mixing_weight: float = 0.0            # 0 base only, 1 thought only
+    gain: float = 0.0                     # nats: log p with the thought, minus without
+    logp: float | None = None             # of this token, with the thought (nats, temperature 1)
+    entropy: float | None = None          # of the base prediction (nats)
+    reward: float | None = None           # given texts: nats over the n_true tokens ahead
+    base: tuple = ()                      # likeliest without the thought: id, text, probability
+    mixed: tuple = ()                     # likeliest with the thought
 
 
-class View:
-    """Writes the tokens of one text after another to `out`.
-
-    `threshold`: thoughts that gained or lost fewer nats are not shown.
+class TextStream:
+    """One text as it grows: `prompt`, and `tokens`, the later ones whose text is decided. Half a
+    character and a possible beginning of the stop string wait until more is known. Neither the stop
+    string nor the end-of-text token is part of the text.
     """
-    def __init__(self, out, thoughts: bool = False, as_json: bool = False, threshold: float = 0.0):
-        self.out, self.threshold, self.n_texts = out, threshold, 0
-        self.colours = out.isatty() and not os.environ.get("NO_COLOR") and (
-            os.environ.get("TERM") != "dumb")
-        kind = "json" if as_json else "plain" if not thoughts else (
-            "inline" if out.isatty() else "columns")
-        self.kind, self.token = kind, getattr(self, f"_{kind}")
+    def __init__(self, tokenizer, prompt_ids, stop: str = ""):
+        self.tokenizer, self.decoder = tokenizer, tokenizer.stream()
+        self.stop, self.ended = stop, False
+        self.prompt = [Token(int(i), self.decoder.push(i)) for i in prompt_ids]
+        self.tokens, self.waiting = [], []
 
-    def text(self, prompt: str, n_texts: int = 1):
-        """Another of `n_texts` begins with what is known of it."""
-        self.n_texts += 1
-        if self.kind == "json":
-            return
-        if self.kind != "plain" and self.n_texts == 1:
-            self._write(self._style(NOTE, "2") + "\n")
-        if n_texts > 1:
-            self._write(self._style(f"--- {self.n_texts} of {n_texts}", "2") + "\n")
-        self._write(self._text(prompt))
-        if self.kind == "columns":
-            self._write("\n       token  weight    gain  thought\n")
+    def push(self, token: Token) -> None:
+        if token.id == self.tokenizer.eos:
+            return self.end()
+        token.text = self.decoder.push(token.id)
+        self.waiting.append(token)
+        text = "".join(token.text for token in self.waiting)
+        beginnings = tuple(self.stop[:n] for n in range(1, len(self.stop)))
+        half_a_character = self.decoder.utf8.getstate()[0]
+        if self.stop and self.stop in text:
+            self.ended = True
+            self._release(text.index(self.stop))
+        elif not half_a_character and not text.endswith(beginnings):
+            self._release()
 
-    def end(self):
-        """Of one text."""
-        if self.kind in ("plain", "inline"):
-            self._write("\n")
+    def end(self) -> None:
+        """Release the tokens that wait: no more will come. Half a character becomes U+FFFD."""
+        if self.waiting:
+            self.waiting[-1].text += self.decoder.flush()
+        self.ended = True
+        self._release()
 
-    def _write(self, text: str):
-        self.out.write(text)
-        self.out.flush()
-
-    def _text(self, text: str) -> str:
-        """As it is, but in a terminal, which would obey it."""
-        return literal(text.replace("\r\n", "\n"), "\n\t") if self.out.isatty() else text
-
-    def _style(self, text: str, code: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self.colours else text
-
-    def _shown(self, token: Token) -> bool:
-        return token.thinks and abs(token.gain) >= self.threshold
-
-    def _plain(self, token: Token):
-        self._write(self._text(token.text))
-
-    def _json(self, token: Token):
-        self._write(json.dumps(asdict(token)) + "\n")
-
-    def _columns(self, token: Token):
-        numbers = f"{token.mixing_weight:6.2f}  {token.gain:+6.2f}  {literal(token.thought)}"
-        text = literal(token.text.strip(" ")) or ("␣" if token.text else "◦")     # ◦ part of one
-        self._write(f"{text:>12s}  "
-                    f"{numbers if self._shown(token) else ''}".rstrip(" ") + "\n")
-
-    def _inline(self, token: Token):
-        if self._shown(token):
-            aside = f"[{literal(token.thought)} w {token.mixing_weight:.2f} {token.gain:+.2f}]"
-            code = "2" if abs(token.gain) < MATTERS else "32" if token.gain > 0 else "33"
-            self._write(" " + self._style(aside, code))
-        self._write(self._text(token.text))
+    def _release(self, n_characters: int = sys.maxsize) -> None:
+        """Decide the waiting tokens; those beyond so many characters are dropped."""
+        for token in self.waiting:
+            if n_characters > 0:
+                token.text = token.text[:n_characters]
+                self.tokens.append(token)
+            n_characters -= len(token.text)
+        self.waiting = []
 
 
-def show(tokens: Iterable[Token], lines: list[Line], view: View) -> list[list[Token]]:
-    """Write all texts in turn, each after its prompt, and return their tokens, prompts included."""
-    seen, current = [list(line.prompt) for line in lines], 0
-    starts = ["".join(token.text for token in line.prompt) for line in lines]
-    view.text(starts[0], len(lines))
-    for token in in_order(tokens, lines):
-        while current < token.sample:
-            current = current + 1
-            view.end()
-            view.text(starts[current], len(lines))
-        seen[current].append(token)
-        view.token(token)
-    for start in starts[current + 1:]:
-        view.end()
-        view.text(start, len(lines))
-    view.end()
-    return seen
+def take_steps(generator, streams: list[TextStream], max_new_tokens: int):
+    """Give every text that has not ended a token at each `next`, then end all of them."""
+    for _ in range(max_new_tokens):
+        output = generator.step()
+        growing = [(row, stream) for row, stream in enumerate(streams) if not stream.ended]
+        for row, stream in growing:
+            token = Token(int(output.token_B[row]))
+            thought_T = output.thought_BT[row] if output.thinks_B[row] else None
+            describe(token, stream.tokenizer, output.base_logp_BV[row], output.mixed_logp_BV[row],
+                     output.mixing_weight_B[row], thought_T)
+            stream.push(token)
+        yield
+    for stream in streams:
+        stream.end()
 
 
-def in_order(tokens: Iterable[Token], lines: list[Line]) -> Iterator[Token]:
-    """The first text's tokens as they come, those of the next once it has ended."""
-    current, waiting = 0, [[] for _ in lines]
-    for token in tokens:
-        while token.sample != current and lines[current].ended:
-            current += 1
-            yield from waiting[current]
-        if token.sample == current:
-            yield token
-        else:
-            waiting[token.sample].append(token)
-    for later in waiting[current + 1:]:
-        yield from later
+def describe(token: Token, tokenizer, base_logp_V, mixed_logp_V, mixing_weight, thought_T):
+    """Fill in how thinking changed the prediction; `thought_T` is None if there was no thought."""
+    token.logp = float(mixed_logp_V[token.id])
+    token.gain = token.logp - float(base_logp_V[token.id])
+    token.entropy = float(torch.special.entr(base_logp_V.exp()).sum())
+    token.base, token.mixed = (_likeliest(x, tokenizer) for x in (base_logp_V, mixed_logp_V))
+    if thought_T is not None:
+        token.thinks = True
+        token.mixing_weight = float(mixing_weight)
+        token.thought = tokenizer.decode(thought_T.tolist())
+
+
+def _likeliest(logp_V, tokenizer) -> tuple:
+    p_K, id_K = logp_V.exp().topk(min(N_LIKELIEST, len(logp_V)))
+    return tuple((i, tokenizer.decode([i]), p) for i, p in zip(id_K.tolist(), p_K.tolist()))
+
+
+def show(streams: list[TextStream], steps, thoughts: bool = False) -> None:
+    """Write texts to standard output: the first as it grows, each other once the last has ended.
+    With thoughts, a pipe gets a line per token. In a terminal the text flows, and a thought stands
+    before its token: green if it helped, yellow if it hurt, dim if it hardly mattered.
+    """
+    if thoughts:
+        print(_styled(NOTE, "2"))
+    for number, stream in enumerate(streams, 1):
+        if len(streams) > 1:
+            print(_styled(f"--- {number} of {len(streams)}", "2"))
+        print(_safe("".join(token.text for token in stream.prompt)), end="", flush=True)
+        if thoughts and not sys.stdout.isatty():
+            print("\n       token  weight    gain  thought", end="")
+        n_shown = 0
+        while n_shown < len(stream.tokens) or not stream.ended:
+            if n_shown < len(stream.tokens):
+                print(_shown(stream.tokens[n_shown], thoughts), end="", flush=True)
+                n_shown += 1
+            else:
+                next(steps, None)                     # one more token, or the end of every text
+        print()
+
+
+def _shown(token: Token, thoughts: bool) -> str:
+    text, thought = _safe(token.text), printable(token.thought)
+    if thoughts and not sys.stdout.isatty():
+        text = f"\n{printable(token.text.strip(' ')) or '␣':>12s}"
+        if token.thinks:
+            text += f"  {token.mixing_weight:6.2f}  {token.gain:+6.2f}  {thought}".rstrip(" ")
+    elif thoughts and token.thinks:
+        colour = "32" if token.gain > 0 else "33"
+        code = colour if abs(token.gain) >= MATTERS else "2"
+        aside = f"[{thought} w {token.mixing_weight:.2f} {token.gain:+.2f}]"
+        text = " " + _styled(aside, code) + text
+    return text
+
+
+def _safe(text: str) -> str:
+    """Escape what a terminal would obey; a file gets the text itself."""
+    on_screen = sys.stdout.isatty()
+    return printable(text.replace("\r\n", "\n"), keep="\n\t") if on_screen else text
+
+
+def _styled(text: str, code: str) -> str:
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return f"\x1b[{code}m{text}\x1b[0m" if colours else text
