@@ -1,25 +1,30 @@
-# make demo: watch a small Mistral learn to think (minutes, two cores, no GPU)
-# make test: prove that what it does is Quiet-STaR
+# make demo       a small Mistral learns to think: 5 minutes on two cores, no GPU
+# make test       the tests of the book, with the core packages and pytest alone: about a minute
+# make test-all   every test, with the libraries that are compared with and a browser, as CI runs it
 
 PYTHON ?= python3
 RUN = .venv/bin/python
+PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 
-demo: .venv/run
+demo: .venv/demo
 	PATH="$(CURDIR)/.venv/bin:$$PATH" sh runs/demo.sh
 
 test: .venv/test
+	$(RUN) -m pytest -m "not slow"
+
+test-all: .venv/test-all
 	$(RUN) -m pytest
 
-.venv/run: requirements.txt
+.venv/core: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/test: requirements-test.txt .venv/run
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+.venv/%: requirements-%.txt .venv/core
+	$(PIP) -r $<
 	touch $@
 
 clean:
 	rm -rf .venv out data
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean

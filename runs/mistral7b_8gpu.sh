@@ -1,41 +1,30 @@
 #!/bin/sh
-# Quiet-STaR on Mistral-7B-v0.1 with the paper's hyper-parameters: one node of eight GPUs.
+# Quiet-STaR on Mistral-7B-v0.1 with the paper's hyper-parameters: one node, eight GPUs of 80 GB.
 #
-#   CORPUS=owm sh runs/mistral7b_8gpu.sh         OpenWebMath, as for the paper's main result
-#   CORPUS=c4  sh runs/mistral7b_8gpu.sh         C4
-#
-# Needs `pip install huggingface_hub pyarrow`, 15 GB of disk for the model, 87 GB for each checkpoint
+# Needs `pip install huggingface_hub pyarrow`, 15 GB of disk for the model, 87 GB per checkpoint
 # (two are kept, a third while it is written), 30 GB of memory a process while it loads, and per GPU
-# what `python -m tools.bench --plan` says. What dies is restarted, and the same command goes on where it
-# was. Several nodes: prepare model and data on one, then on each, with a file system they share,
-#   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1      # a restart finds nothing of what died
-#   RUN="--nnodes=2 --rdzv_backend=c10d --rdzv_id=quiet --rdzv_endpoint=FIRST_NODE:29500" \
-#     BATCH=16 sh runs/mistral7b_8gpu.sh             # BATCH divides by all GPUs
+# the memory that `python -m tools.memory` prints. No step of 7B has been timed on a GPU yet. Killed
+# processes are restarted, and the same command continues a run that was stopped.
+#
+# Two GPUs of 80 GB: --nproc_per_node=2 --batch_size=2. Several nodes: prepare model and data on
+# one, then run torchrun on each, with a file system that they share and a --batch_size that the
+# number of GPUs divides (the export is so that a restart finds nothing of dead processes):
+#   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+#   torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_id=quiet --rdzv_endpoint=FIRST_NODE:29500 ...
 set -e
 cd "$(dirname "$0")/.."
-corpus="${CORPUS:-owm}" repository="${MODEL:-mistralai/Mistral-7B-v0.1}"
-model=$(basename "$repository")
-data=data/$model-$corpus out=out/$model-$corpus
 
-[ -f "$model/.whole" ] || {                 # an interrupted download goes on
-  hf download "$repository" --local-dir "$model" --exclude "*.bin"
-  touch "$model/.whole"
-}
-if [ ! -f "$data/meta.json" ]; then         # a few files of the corpus hold far more than a run sees
-  if [ "$corpus" = owm ]; then
-    hf download open-web-math/open-web-math --repo-type dataset --local-dir raw/owm \
-      --include "data/train-00000-of-*.parquet"
-    files=$(ls raw/owm/data/*.parquet | paste -sd, -)
-  else
-    hf download allenai/c4 --repo-type dataset --local-dir raw/c4 \
-      --include "en/c4-train.00000-of-01024.json.gz"
-    files=$(ls raw/c4/en/*.json.gz | paste -sd, -)
-  fi
-  python data.py --input="$files" --field=text --tokenizer="$model" --out="$data" --val_share=0.001
-fi
+# The model; a download that was interrupted goes on
+hf download mistralai/Mistral-7B-v0.1 --local-dir Mistral-7B-v0.1 --exclude "*.bin"
 
-# 100 steps of 8 texts of 256 tokens, lr 1e-6 after 20 steps of warm-up, N 2, T 12, A 4: the defaults.
-torchrun ${RUN:---standalone} --nproc_per_node="${GPUS:-8}" --max-restarts="${RESTARTS:-3}" train.py \
-  --init_from="$model" --data="$data" --out="$out" --parallel=fsdp --dtype=bfloat16 --recompute=1 \
-  --batch_size="${BATCH:-8}" --grad_accum="${ACCUMULATE:-1}" --thought_len="${T:-12}" --n_true="${A:-4}" \
-  --steps="${STEPS:-100}" --save_every=50 --eval_every=50 --eval_texts="${EVAL_TEXTS:-16}"
+# OpenWebMath, as for the paper's main result: one file holds far more than a run sees.
+# C4 instead: hf download allenai/c4 ... --include "en/c4-train.00000-of-01024.json.gz"
+[ -f data/owm/meta.json ] || hf download open-web-math/open-web-math --repo-type dataset \
+  --local-dir raw/owm --include "data/train-00000-of-*.parquet"
+[ -f data/owm/meta.json ] || python data.py --input="$(ls raw/owm/data/*.parquet)" --field=text \
+  --tokenizer=Mistral-7B-v0.1 --out=data/owm --val_share=0.001
+
+# 100 steps of 8 texts of 256 tokens, lr 1e-6 after 20 steps of warm-up, N 2, T 12, A 4 by default
+torchrun --standalone --nproc_per_node=8 --max-restarts=3 train.py \
+  --init_from=Mistral-7B-v0.1 --data=data/owm --out=out/mistral7b --parallel=fsdp \
+  --dtype=bfloat16 --recompute=1 --batch_size=8 --eval_texts=16
