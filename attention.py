@@ -1,13 +1,14 @@
 """Who may attend to whom when thoughts branch off every position of a text, and how to compute it.
 
-`may_attend` is the one rule; the code, the README's picture and the tests' dense mask all use it.
-A branch token sees the text up to its position, and its own branch. So no [text + thoughts]^2 mask
-is ever formed; there is one softmax in two parts:
+`may_attend` is the rule: a branch token sees the text up to its position, and its own branch. The
+README's picture and the tests' dense mask are made from it, and so is the reference below. The fast
+way, and `model.CausalContext` for plain text and for generation, restate it: to change the rule,
+change all three; the tests compare them. No [text + thoughts]^2 mask is formed:
 
-  thought_attention    explicit scores, any positions, any window: the reference
-  TwoPartAttention     at one position all branch tokens see the same text, so they become query
-                       heads of ONE causal attention in a fused kernel; the small part over the
-                       own branch is merged with it exactly, by the log-sum-exps of both
+  thought_attention    the reference: explicit scores of text and own branch, any window
+  TwoPartAttention     all tokens that branch off position p see the text 0 .. p. On the head axis
+                       of query position p, they need ONE causal attention by a fused kernel; the
+                       small part over the own branch is merged exactly, by the log-sum-exps
 
 Shapes: those of model.py and thoughts.py, m of the M branch tokens are new in a pass, G = H / K,
 and h = K * G * N * m query heads where thoughts are folded into heads.
@@ -36,7 +37,6 @@ def may_attend(query, key, same_thought, window: int | None = None):
 
 def thought_attention(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, position_BP, window):
     """The reference: [B, N, P, m, H, E] for the last m of M branch tokens, by explicit scores."""
-    # m new tokens, M tokens of the branch so far
     m = q_BNPmHE.shape[3]
     M = k_BNPMKE.shape[3]
     L, K, E = k_text_BLKE.shape[1:]
@@ -75,7 +75,7 @@ def causal_flash(q_BhPE, k_BKPE, v_BKPE):
 
 
 def causal_flash_backward(d_out, q, k, v, out, lse, rest):
-    """The kernel's backward. It computes P = exp(S - lse) and sum(d_out * out) from its arguments,
+    """The kernel's backward. It computes exp(score - lse) and sum(d_out * out) from its arguments,
     so given the *merged* out and lse it returns the text part's share of the merged gradient.
     """
     if q.is_cuda:
@@ -88,8 +88,8 @@ def causal_flash_backward(d_out, q, k, v, out, lse, rest):
 class TwoPartAttention(torch.autograd.Function):
     """Equal to `thought_attention` where positions are 0 .. P-1 and no window binds, but faster.
 
-    `branch_kv`: keys and values, [B, N, P, m, K, E] each, of every pass of the branch so far: kept
-    apart, T passes hold T tokens for the backward pass, not T^2 / 2.
+    `branch_kv`: keys and values, [B, N, P, m, K, E] each, of every pass so far: separate tensors,
+    of which autograd saves each once, instead of a concatenation that grows with every pass.
     """
     @staticmethod
     def forward(ctx, q_BNPmHE, k_text_BPKE, v_text_BPKE, *branch_kv):
@@ -174,7 +174,7 @@ def attend_branch(q, branch_kv, k_text, v_text, position_BP, window, all_positio
     """Attention of branch tokens, by TwoPartAttention if `all_positions`, 0 .. P-1, think."""
     M = sum(k.shape[3] for k in branch_kv[::2])
     window_binds = window is not None and window < k_text.shape[1] + M
-    no_kernel = q.is_cuda and q.dtype == torch.float32
+    no_kernel = q.is_cuda and q.dtype == torch.float32       # the fused one there is for bf16
     if not all_positions or window_binds or no_kernel:
         k, v = concatenated(branch_kv)
         return thought_attention(q, k, v, k_text, v_text, position_BP, window)
@@ -204,7 +204,7 @@ class PackedContext:
 
     def attend(self, q_BSHE, k_BSKE, v_BSKE, layer: int, window: int | None):
         qkv = q_BSHE, k_BSKE, v_BSKE
-        # the text comes first in the pass; it is ordinary causal attention
+        # the text comes first in the pass: ordinary causal attention
         q_text, k_text, v_text = (t[:, :self.text_len] for t in qkv)
         q, k, v = (t[:, self.text_len:].unflatten(1, self.shape) for t in qkv)
         text_BLHE = self.text_context.attend(q_text, k_text, v_text, layer, window)
@@ -235,7 +235,6 @@ class GrowingContext:
         self.position_BS = position_BPm.flatten(1).repeat(1, n_thoughts)
         self.n_cached += n_new
         self.shape = (n_thoughts, *position_BPm.shape[1:])
-        return self
 
     def attend(self, q_BSHE, k_BSKE, v_BSKE, layer: int, window: int | None):
         if not self.n_cached:
@@ -243,7 +242,7 @@ class GrowingContext:
             return CausalContext(self.position_BS).attend(q_BSHE, k_BSKE, v_BSKE, layer, window)
         q, k, v = (t.unflatten(1, self.shape) for t in (q_BSHE, k_BSKE, v_BSKE))
         self.branch_kv[layer] = self.branch_kv.get(layer, []) + [k, v]
-        # a pass that stood for all N thoughts is expanded to the N of this one
+        # the first pass computed one copy for all N thoughts: repeat it N times
         N = self.shape[0]
         branch_kv = [t.expand(-1, N, -1, -1, -1, -1) for t in self.branch_kv[layer]]
         k_text, v_text = self.text_kv[layer]

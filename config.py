@@ -3,10 +3,9 @@
     game, train = parse(GameConfig, TrainConfig)          # --steps=300, --steps 300, --help
 
 The options are the fields of the dataclasses: name, type, default, and as help the comment behind
-the field. `UserError` is the only exception that `run` turns into one line; all others keep their
-traceback, because people fork this.
-
-Left out on purpose: files of settings, and executing anything. A preset is a command in runs/.
+the field; --show-thoughts is --show_thoughts. `UserError` is the only exception that becomes one
+line; all others keep their traceback, because people fork this. Left out on purpose: files of
+settings, and executing anything. A preset is a command in runs/.
 """
 import argparse
 import dataclasses

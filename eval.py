@@ -4,7 +4,7 @@
     python eval.py --checkpoint=out/quiet --data=data/shell_game/without_reasoning --task=shell_game
     python eval.py --checkpoint=out/quiet --task=gsm8k --file=gsm8k_test.jsonl
     python eval.py --checkpoint=out/quiet --task=gsm8k --file=gsm8k_test.jsonl --votes=8 --limit=128
-    torchrun --nproc_per_node=8 eval.py ... --against=out/plain/gsm8k.json
+    torchrun --nproc_per_node=8 eval.py ... --against=out/plain/gsm8k-votes0-own.json
 
 Every scored token is predicted twice by the same model: from the base state, and from that state
 mixed with the one after a single greedy thought at that position. Controls: every table has the
@@ -25,10 +25,10 @@ from checkpoint import find_checkpoint, load_for_inference
 from config import UserError
 from data import TokenFile
 from distributed import Distributed, cleanup, init_distributed
-from scoring import DATA_TASKS, load_task, score_texts, thinks
+from scoring import load_task, score_texts, thinks
 from tasks.bootstrap import (TEMPERATURES, bin_scores, format_bins, format_cell, format_table,
                              paired_differences, summary, temperature_scaled)
-from tasks.qa import evaluate_questions
+from tasks.qa import CONCLUSION, evaluate_questions
 from tokenizer import load_tokenizer
 
 MEASURES = ("nll_base", "nll_mixed", "right_base", "right_mixed", "mixing_weight")
@@ -42,7 +42,7 @@ class EvalConfig:
     split: Literal["val", "train"] = "val"  # part of the data to score
     texts: int = 200                      # documents to score
     seq_len: int = 256                    # tokens to read of each document, at most
-    task: Literal["none", "shell_game", "gsm8k", "commonsense_qa"] = "none"  # score its answers
+    task: str = "none"                    # score answers: shell_game, gsm8k or commonsense_qa
     file: str = ""                        # questions: .jsonl, .jsonl.gz or .parquet, as published
     limit: int = 0                        # questions, chosen as in the official code; 0 asks all
     votes: int = 0                        # chains of thought per question; 0 asks directly
@@ -57,6 +57,8 @@ class EvalConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
 
     def __post_init__(self):
+        if not self.asks_questions:
+            load_task(self.task)                  # it must exist
         source = self.file if self.asks_questions else self.data
         if not self.checkpoint or not source:
             raise UserError("--checkpoint=FOLDER is needed, and --data=FOLDER or, for gsm8k and "
@@ -71,7 +73,7 @@ class EvalConfig:
     @property
     def asks_questions(self) -> bool:
         """True if the task is a file of questions, False if it is a token file."""
-        return self.task not in ("none", *DATA_TASKS)
+        return self.task in CONCLUSION
 
     @property
     def result_path(self) -> str:
@@ -93,7 +95,7 @@ def evaluate_data(model, tokenizer, cfg: EvalConfig, dist: Distributed) -> dict:
     values["nll_scaled"], temperatures = temperature_scaled(scores["nll_at"], text, least=True)
     # where the task has a right way of reasoning: how many thoughts follow it
     thought_len = thought.shape[1]
-    if task and thought_len:
+    if hasattr(task, "reasoning_is_right") and thought_len:
         values["reasoning_is_right"] = [
             task.reasoning_is_right(token_file.document(i), ids, tokenizer)
             for i, ids in zip(text, thought)]
@@ -116,7 +118,7 @@ def print_result(result: dict, means: dict, cfg: EvalConfig):
           f"thoughts: {cfg.thoughts}; 95 % intervals over {what}")
     print(format_table(means))
     for measure, halves in result["temperatures"].items():
-        print(measure, "scaled at temperatures {:.2f} and {:.2f}, one a half".format(*halves))
+        print(measure, "scaled at {:.2f} and {:.2f}: a temperature per half".format(*halves))
     if "nll_mixed-nll_base" in means and means["nll_mixed-nll_base"]["mean"] != 0:
         for name in [name for name in BINNED if name in result]:
             print(f"\nfrom the least to the greatest {BINNED[name]}\n" + format_bins(result[name]))
@@ -143,6 +145,7 @@ def main():
         result = evaluate_questions(model, tokenizer, cfg, dist, out)
     else:
         result = evaluate_data(model, tokenizer, cfg, dist)
+    # the same means and intervals for every kind of task
     means = summary(result["clusters"])
     result["clusters"] = {name: np.asarray(value).tolist()
                           for name, value in result["clusters"].items()}
@@ -159,7 +162,7 @@ def main():
     # print
     if dist.is_main:
         print_result(result, means, cfg)
-        print(f"wrote {out}" if out else "")
+        print("wrote", out or "nothing, for want of --out")
     cleanup()
 
 

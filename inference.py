@@ -4,9 +4,9 @@
     output = texts.step()                         # one more token for each of the B texts
 
 One output token takes: the base state at the last position, one thought of T tokens behind it, one
-mixed prediction; then the thought is dropped. The text's own cache serves: the thought is written
-beyond the last token, and the next token overwrites it. That is T + 1 passes a token, whatever the
-length of the text; with a gate, T + 2 for the texts that think and 1 for the others.
+mixed prediction; then the thought is dropped. The thought uses the text's cache: it is written
+beyond the last token, where the next tokens overwrite it. That is T + 1 passes a token (T >= 1),
+whatever the length of the text; with a gate, T + 2 for the texts that think and 1 for the others.
 
 Left out on purpose: beam search and serving. Shapes: those of thoughts.py; b of B texts think.
 """
@@ -144,7 +144,7 @@ class Generator:
         return self.mistral.transform(x_BSD, context)
 
     def _read_last_token(self):
-        """The base states, and the states at the start marker where all texts surely think."""
+        """The base states, and the states at the start marker if there is no gate."""
         # without a gate every text thinks: the start marker is read in the same pass
         x_BSD = self.mistral.embed(self.last_B1)
         if not self.think or self.gate:

@@ -78,12 +78,12 @@ def chunked_cross_entropy(hidden_RD, head_VD, target_R, weight_R, temperature=1.
 
 @torch.no_grad()
 def sample_tokens(hidden_RD, head_VD, uniform_R=None, masked_ids=()):
-    """Sample one token per row at temperature 1; return its id and its -log p (nats), both [R]. It
-    is the one whose share of the distribution holds `uniform_R` in [0, 1); without it, the argmax.
+    """Sample one token per row at temperature 1; return its id and its -log p (nats), both [R]: the
+    first whose cumulative probability exceeds `uniform_R` in [0, 1); without it, the argmax.
     """
     token_R = torch.empty(len(hidden_RD), dtype=torch.long, device=hidden_RD.device)
     nll_R = torch.empty(len(hidden_RD), device=hidden_RD.device)
-    # a chunk at a time: probabilities, then the choice, then its nll
+    # the numbers decide, not the batch: chunks change nothing
     size = chunk_rows(head_VD)
     for start in range(0, len(hidden_RD), size):
         rows = slice(start, start + size)
@@ -106,4 +106,4 @@ def invert_cdf(p_RV, uniform_R):
     below_total_R1 = torch.nextafter(total_R1, torch.zeros_like(total_R1))
     mark_R1 = torch.minimum(uniform_R[:, None] * total_R1, below_total_R1)
     found_R = torch.searchsorted(cumulative_RV, mark_R1, right=True)[:, 0]
-    return found_R.clamp(max=p_RV.shape[1] - 1)      # where p is nan; the loss will be nan too
+    return found_R.clamp(max=p_RV.shape[1] - 1)      # p is nan: any index will do

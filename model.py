@@ -8,7 +8,7 @@ who attends to whom. A text has a `CausalContext`; thoughts bring their own (att
 
 Left out on purpose: dropout (checkpoints are trained without), mixture of experts.
 
-Shapes, as suffixes that a tensor keeps for life:
+Shapes, as suffixes of names:
   B batch   S tokens in this pass   L text positions   D width          V vocabulary
   H query heads   K key/value heads   E width of a head   F width of a feed-forward layer
 """
@@ -76,8 +76,8 @@ def may_see(query_position, key_position, window: int | None):
 
 
 class KVCache:
-    """Keys and values of B texts, preallocated; slot t holds rotary position t. It is never cut:
-    queries do not attend to later positions, so the next text token overwrites a thought.
+    """Keys and values of B texts, preallocated; slot t holds rotary position t. A dropped thought
+    stays in later slots: no query attends to later positions, and the next tokens overwrite it.
     """
     def __init__(self, config: ModelConfig, batch: int, n_slots: int, device=None, dtype=None):
         shape = (config.n_layers, batch, config.n_kv_heads, n_slots, config.head_dim)
@@ -230,7 +230,7 @@ class Mistral(nn.Module):
             if p.dim() == 1:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
                 continue
-            # two layers of each block add to the stream; so its variance stays that of one
+            # 2 * n_layers layers add to the stream: together they have the variance of one
             writes_residual = name.endswith(("attention.o.weight", "ffn.down.weight"))
             std = 0.02 / math.sqrt(2 * self.config.n_layers) if writes_residual else 0.02
             nn.init.normal_(p, std=std, generator=generator)
@@ -241,7 +241,7 @@ class Mistral(nn.Module):
         return self.transform(self.embed(ids_BS), context)
 
     def transform(self, x_BSD, context):
-        """The same from embeddings: markers of thoughts are in no vocabulary."""
+        """The same from embeddings, which need not be in the vocabulary."""
         # one rotary table serves all layers
         cos, sin = rope(context.position_BS, self.config)
         for i, block in enumerate(self.layers):

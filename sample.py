@@ -87,7 +87,7 @@ def teacher_forced(model, tokenizer, ids: list[int], think=True, gate=None) -> T
     rows = zip(base_PD.split(1), mixed_PD.split(1), weight_P, thought_PT, reward_P)
     for token, (base_1D, mixed_1D, weight, thought_T, reward) in zip(stream.waiting, rows):
         base_1V = logits_without_markers(model, base_1D).log_softmax(-1)
-        if not think or gate and not gate.opens(base_1D, base_1V):
+        if not think or (gate and not gate.opens(base_1D, base_1V)):
             mixed_1D, thought_T, reward = base_1D, None, None
         mixed_1V = logits_without_markers(model, mixed_1D).log_softmax(-1)
         describe(token, tokenizer, base_1V[0], mixed_1V[0], weight, thought_T)

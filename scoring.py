@@ -18,10 +18,11 @@ from model import CausalContext
 from thoughts import QuietSTaR, base_model, every_position, gather_ahead, logits_without_markers
 
 DATA_TASKS = ("shell_game",)              # files in tasks/ that say which tokens are answers
-# per scored token: nats, whether the likeliest token (or candidate) is the true one, the weight,
-# nats, ids [T], nats of the base at each temperature. Without thoughts mixed repeats base
-FIELDS = ("nll_base", "nll_mixed", "right_base", "right_mixed", "mixing_weight", "entropy_base",
-          "thought", "nll_at")
+FIELDS = (                                # of each scored token
+    "nll_base", "nll_mixed",              # nats; without thoughts mixed repeats base
+    "right_base", "right_mixed",          # is the likeliest token (or candidate) the true one
+    "mixing_weight", "entropy_base",      # entropy of the base prediction, nats
+    "thought", "nll_at")                  # token ids [T]; nll of the base at each temperature
 
 
 def thinks(model, thoughts="own"):
@@ -30,11 +31,14 @@ def thinks(model, thoughts="own"):
 
 
 def load_task(name: str):
-    """The module tasks/NAME.py, with its `answer_positions` and `candidates`; None for "none"."""
+    """The module tasks/NAME.py; None for "none". It offers `answer_positions`, `candidates` and, if
+    there is a right way of reasoning, `reasoning_is_right`: see tasks/shell_game.py.
+    """
     if name == "none":
         return None
     if name not in DATA_TASKS:
-        raise UserError(f"task '{name}' is not one of {', '.join(DATA_TASKS)}")
+        raise UserError(f"task '{name}' is not one of none, {', '.join(DATA_TASKS)}, nor, in "
+                        "eval.py, gsm8k and commonsense_qa")
     return importlib.import_module(f"tasks.{name}")
 
 

@@ -6,17 +6,17 @@
   2. read     one teacher-forced pass over the text, the thoughts and the true tokens after them
   3. mix      the prediction after each thought with the prediction without it
   4. learn    from the likelihood of the text, and by REINFORCE: a thought that raised the
-              likelihood of the true tokens more than its siblings did becomes more likely
+              likelihood of the true tokens more than the others of its position did becomes
+              more likely
 
-Glossary (our word: meaning; the paper's word, the official code's word):
-
-  thought_len      T: sampled tokens of a thought, markers not counted         t, n_ahead - 3
-  n_thoughts       N: thoughts per position; their mean reward is the baseline   -, n_passes
+  our word         meaning                                             the paper's, official code's
+  thought_len      T: sampled tokens of a thought, without markers             t, n_ahead - 3
+  n_thoughts       N: thoughts per position; mean reward is the baseline       -, n_passes
   n_true           A: true tokens a thought is scored on, next one included    n_true, n_ahead_talk
   base, mixed      prediction without a thought, and mixed with one            p_init, p_talk
   mixing_weight    0: base only, 1: thought only                               1 - w, talk_head
   reward           nats by which a thought raised the log-likelihood of the true tokens
-  advantage        reward minus the mean over the N siblings, clamped at 0
+  advantage        reward minus the mean over all N thoughts of the position, clamped at 0
   branch           all tokens after one position: start marker, thought, end marker, then the
                    true tokens that follow in the text (M = T + A + 1 tokens)
 
@@ -37,7 +37,7 @@ from model import Mistral
 
 @dataclass(frozen=True)
 class ThoughtConfig:
-    """The defaults are the paper's for Mistral-7B."""
+    """The defaults are those of the official code for Mistral-7B."""
     thought_len: int = 12             # sampled tokens of a thought; the paper trains 8 to 24
     n_thoughts: int = 2               # thoughts per position in training
     n_true: int = 4                   # true tokens that a thought is scored on
@@ -70,9 +70,8 @@ class Losses:
     denominators: torch.Tensor        # see the function `denominators`
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        """This micro-batch's share of the averages of the step, under their names in log.jsonl."""
-        n_base, n_mixed_A, n_policy = split_denominators(self.denominators)
-        n_rewards = (n_policy / max(1, self.thought_BNPT.shape[-1])).clamp(min=1)
+        """Terms that add up over micro-batches and ranks to the averages of a step in log.jsonl."""
+        n_base, n_mixed_A, n_rewards = split_denominators(self.denominators)
         policy_mask = self.policy_mask_BP[:, None]
         mixed_nll_A = self.mixed_nll_BNPA.sum(dim=(0, 1, 2)) / n_mixed_A
         sum_of_weights = (self.mixing_weight_BNPA * self.target_mask_BPA[:, None]).sum()
@@ -130,7 +129,7 @@ class QuietSTaR(nn.Module):
             position_BP = every_position(ids_BL)
         if counts is None:
             counts = denominators(valid_BL, cfg, position_BP.shape[1])
-        n_base, n_mixed_A, n_policy = split_denominators(counts)
+        n_base, n_mixed_A, n_rewards = split_denominators(counts)
 
         # 1. sample a thought after every position, all in parallel
         # 2. read text, thoughts and true tokens in one teacher-forced pass
@@ -152,10 +151,10 @@ class QuietSTaR(nn.Module):
             mixed_BNPAD, head_VD, target=target_BPA[:, None], mask=target_mask_BPA[:, None],
             weight=(1 - cfg.base_weight) / (cfg.n_true * n_mixed_A))
 
-        #    the reward of a thought: nats gained on the true tokens, compared with its siblings
+        #    the reward of a thought: nats gained on the true tokens, compared with all N thoughts
         base_nll_BPA = gather_ahead(base_nll_BL, position_BP, cfg.n_true) * target_mask_BPA
         reward_BNP = (base_nll_BPA[:, None] - mixed_nll_BNPA).sum(dim=-1)
-        baseline_B1P = reward_BNP.mean(dim=1, keepdim=True)          # dim 1: the N siblings
+        baseline_B1P = reward_BNP.mean(dim=1, keepdim=True)          # dim 1: thoughts
         policy_mask_BP = position_BP <= ids_BL.shape[1] - 2 - cfg.n_true     # as the official code
         advantage_BNP = (reward_BNP - baseline_B1P).clamp(min=0) * policy_mask_BP[:, None]
 
@@ -163,7 +162,7 @@ class QuietSTaR(nn.Module):
         helped_BNP = (advantage_BNP > 0) & (not cfg.filler)
         policy_loss, _ = masked_cross_entropy(
             before_BNPTD, head_VD, target=thought_BNPT, mask=helped_BNP[..., None],
-            weight=advantage_BNP[..., None] / n_policy,
+            weight=advantage_BNP[..., None] / (n_rewards * max(1, cfg.thought_len)),
             temperature=cfg.policy_temperature, masked_ids=cfg.marker_ids)
 
         return Losses(
@@ -204,12 +203,12 @@ class QuietSTaR(nn.Module):
         # at the start marker the N thoughts are identical: one copy is computed and shared
         x_BNPD = self.start_thought.expand(B, 1, P, -1)
         for t in range(T):
-            # read the last token of every thought
             context.begin_pass(n_new=1, n_thoughts=x_BNPD.shape[1])
             hidden_BSD = self.model.transform(x_BNPD.flatten(1, 2), context)
             hidden_BNPD = hidden_BSD.view(x_BNPD.shape).expand(-1, N, -1, -1)
-            states.append(hidden_BNPD)
-            # sample the next one
+            # one_pass.py learns from these states; without gradients nobody needs them
+            if torch.is_grad_enabled():
+                states.append(hidden_BNPD)
             uniform_R = None if uniform_BNPT is None else uniform_BNPT[..., t].flatten()
             token_R, nll_R = sample_tokens(hidden_BNPD.flatten(0, 2), self.model.head.weight,
                                            uniform_R, self.config.marker_ids)
@@ -278,28 +277,28 @@ class QuietSTaR(nn.Module):
 # ------------------------------------------------------------------------------------------ helpers
 
 def denominators(valid_BL, config: ThoughtConfig, n_positions: int | None = None):
-    """How many terms each average of the loss has: [base, mixed at each of A, policy], float64.
+    """How many terms each average has: [base, mixed at each of A, rewards], float64.
 
     A step adds these up over its micro-batches and ranks first, so that each average has one
-    denominator. REINFORCE looks at positions 0 .. L-2-A, one fewer than have all A true tokens, and
-    counts padded ones: both as in the official code. If only `n_positions` of the L-1 think, drawn
-    at random, the counts shrink by that share.
+    denominator. Positions 0 .. L-1-A have A true tokens; like the official code, REINFORCE skips
+    the last of them and divides by a count that includes padding. If only `n_positions` of the L-1
+    think, drawn at random, the counts shrink by that share.
     """
     L = valid_BL.shape[1]
     position_BP = every_position(valid_BL)
     share = 1.0 if n_positions is None else n_positions / (L - 1)
     _, target_mask_BPA = true_tokens(valid_BL, valid_BL, position_BP, config.n_true)
-    # terms of the base, of the mixed prediction at each a, and of REINFORCE
+    # the next tokens of the text; for the thoughts, the true tokens a steps ahead; the thoughts
     n_base = valid_BL[:, 1:].sum().double()
     n_mixed_A = target_mask_BPA.sum(dim=(0, 1)).double()
-    n_policy = (position_BP <= L - 2 - config.n_true).sum().double() * config.thought_len
-    n_thought_terms = torch.cat((n_mixed_A, n_policy[None])) * config.n_thoughts * share
+    n_rewards = (position_BP <= L - 2 - config.n_true).sum().double()
+    n_thought_terms = torch.cat((n_mixed_A, n_rewards[None])) * config.n_thoughts * share
     return torch.cat((n_base[None], n_thought_terms))
 
 
 def split_denominators(counts):
-    """The parts of `denominators`, at least 1 each: n_base, n_mixed_A, n_policy."""
-    # a count of 0 belongs to a sum of 0
+    """The parts of `denominators`, at least 1 each: n_base, n_mixed_A, n_rewards."""
+    # if a count is 0, so is its sum: this only avoids 0 / 0
     counts = counts.clamp(min=1)
     return counts[0], counts[1:-1], counts[-1]
 
@@ -309,7 +308,7 @@ def masked_cross_entropy(hidden, head_VD, target, mask, weight, **options):
 
     `hidden` is [..., D]; target, mask and weight broadcast to [...].
     """
-    # choose the rows, compute, and put their nll back where they came from
+    # only the rows in the mask see the head
     shape = hidden.shape[:-1]
     target, mask, weight = (t.expand(shape) for t in (target, mask, weight))
     loss, nll_R = chunked_cross_entropy(hidden[mask], head_VD, target[mask],

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py --init_from=Mistral-7B-v0.1 ...
     python train.py --init_from=resume --out=out/quiet
 
-Two lines of tildes in `main` fence the only lines that learn. Complete commands are in runs/. Every
+Two lines of tildes in `main` enclose the only lines that learn; runs/ has complete commands. Every
 random number comes from a generator keyed by (seed, purpose, step, row), so a resumed run, another
 number of ranks, or another cut into micro-batches sees the same text and samples the same thoughts.
 
@@ -40,7 +40,7 @@ from tools.one_pass import use_one_pass
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The defaults are the paper's for Mistral-7B."""
+    """The defaults are those of the official code for Mistral-7B."""
     out: str = ""                     # folder for checkpoints and log.jsonl
     data: str = ""                    # folder of token files that data.py wrote
     init_from: str = "scratch"        # scratch, resume, or a folder with a checkpoint
@@ -53,7 +53,7 @@ class TrainConfig:
     lr: float = 1e-6                  # peak learning rate (paper: 1e-6)
     min_lr: float | None = None       # cosine decay to this at the last step; default: constant lr
     warmup: int = 20                  # steps of linear warm-up (official code: 20)
-    marker_lr: float = 100.0          # markers' learning rate, times lr (official code: as 100)
+    marker_lr: float = 100.0          # markers' learning rate, times lr (official code's effect)
     mixing_lr: float = 1.0            # mixing head's learning rate, times lr
     weight_decay: float = 0.001       # AdamW weight decay of matrices (official code: 0.001)
     beta2: float = 0.999              # AdamW decay rate of the second moment
@@ -65,7 +65,7 @@ class TrainConfig:
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # auto: ddp for several processes
     eval_every: int = 50              # steps between evaluations on held-out text; 0: never
     eval_texts: int = 64              # held-out texts at each evaluation
-    eval_task: Literal["none", "shell_game"] = "none"  # score this task's answers, not all tokens
+    eval_task: str = "none"           # task whose answers are scored (shell_game), not all tokens
     save_every: int = 50              # steps between checkpoints; one more at the end
     seed: int = 0                     # seed of weights, batches and thoughts
 
@@ -98,7 +98,7 @@ class PlainObjective(nn.Module):
 
 
 def build_model(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: ThoughtConfig, tokenizer,
-                resumed: Path | None):
+                resumed):
     """The model to train: from scratch, from a checkpoint, or the one to resume."""
     generator = torch.Generator().manual_seed(seed_of(cfg.seed, RNG_WEIGHTS))
     if cfg.init_from == "scratch" and not resumed:
@@ -134,7 +134,7 @@ def build_optimizer(model, cfg: TrainConfig):
     return torch.optim.AdamW(used, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
 
 
-def lr_at(step: int, cfg: TrainConfig) -> float:
+def lr_at(step, cfg: TrainConfig):
     """Linear warm-up, then constant, or along a cosine that reaches min_lr at the last step."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
@@ -151,7 +151,6 @@ def thought_randoms(cfg: TrainConfig, thought_cfg: ThoughtConfig, step: int, row
     n_positions = math.ceil(cfg.think_share * (cfg.seq_len - 1))
     shape = (thought_cfg.n_thoughts, n_positions, thought_cfg.thought_len)
     randoms = {"uniform_BNPT": []}
-    # a generator for each text, whatever rank or micro-batch it is in
     for row in rows:
         rng = np.random.default_rng([cfg.seed, RNG_THOUGHTS, step, row])
         randoms["uniform_BNPT"].append(rng.random(shape, dtype=np.float32))
@@ -208,7 +207,7 @@ class RunLog:
     def __init__(self, out, step, is_main):
         self.path, self.is_main, self.printed = out / "log.jsonl", is_main, 0.0
         if is_main and self.path.is_file():
-            # a resumed run drops the rows of steps that its checkpoint does not hold
+            # a resumed run drops what its checkpoint does not hold; a row of a step says step + 1
             lines = self.path.read_text().splitlines()
             rows = [json.loads(line) for line in lines if line.endswith("}")]
             kept = [row for row in rows if row["step"] < step + ("loss" in row)]
@@ -231,17 +230,11 @@ class RunLog:
             print("  ".join(shown), flush=True)
 
 
-def check_finite(loss, norm, step, out):
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise UserError(f"loss is {loss} at step {step} (grad norm {norm}); nothing was learnt "
-                        f"from it; last good checkpoint: {checkpoint.last_good(out)}")
-
-
 def main():
     # setup
     cfg, model_cfg, thought_cfg, state = configure()
     out = Path(cfg.out)
-    signals = []                # Ctrl-C leaves a note; the loop reads it between steps
+    signals = []                # Ctrl-C is only recorded; the loop looks between two steps
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: signals.append(received))
     dist = distributed.init_distributed(cfg.device, cfg.parallel)
@@ -272,7 +265,7 @@ def main():
     facts = {"step": step, "tokenizer": tokenizer.sha256}
     facts |= {f"--{name}": value for name, value in settings.items()}
     distributed.check_same_on_all_ranks(facts, dist)
-    # sampling with gradients on is faster, where nothing runs a block twice
+    # one pass is faster, but wrong where a block runs twice, and fsdp would exchange each pass
     if is_quiet and not cfg.recompute and dist.strategy != "fsdp":
         use_one_pass(model)
     objective = model if is_quiet else PlainObjective(model)
@@ -330,14 +323,16 @@ def main():
             distributed.set_gradient_sync(wrapped, dist, i == len(texts) - 1)
             with autocast:
                 losses = wrapped(**inputs)
-            (losses.loss * dist.world_size).backward()  # ddp and fsdp average; a step is a sum
+            (losses.loss * dist.world_size).backward()  # undo the mean over ranks: counts hold it
             for name, value in losses.metrics().items():
                 sums[name] = sums.get(name, 0) + value.double()
         norm = distributed.clip_gradients(objective, cfg.grad_clip)
         sums["grad_norm"] = norm.double() / dist.world_size      # the same on all ranks
         totals = distributed.all_reduce_sum(torch.stack(list(sums.values())))
         values = dict(zip(sums, totals.tolist()))
-        check_finite(values["loss"], values["grad_norm"], step, out)
+        if not math.isfinite(values["loss"] + values["grad_norm"]):
+            raise UserError(f"loss is {values['loss']} at step {step}, norm {values['grad_norm']}: "
+                            f"not learnt from; last checkpoint: {checkpoint.last_good(out)}")
         optimizer.step()
         optimizer.zero_grad()
         # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -348,14 +343,12 @@ def main():
         values |= {"lr": lr, "tokens/s": cfg.batch_size * cfg.seq_len / seconds}
         log.row(step, cfg.steps, values)
 
-    # finish; ddp's wrapper must die before the process group, or its end can wait for ever
+    # finish; ddp's wrapper is deleted before its process group, or its end can wait for ever
     del wrapped
     distributed.cleanup()
     if dist.is_main:
-        message = "done:"
-        if stopped:
-            message = f"stopped by a signal at step {step}: go on with --init_from=resume; saved"
-        print(message, checkpoint.find_checkpoint(cfg.out), flush=True)
+        resume = f"stopped by a signal at step {step}: go on with --init_from=resume; saved"
+        print(resume if stopped else "done:", checkpoint.find_checkpoint(cfg.out), flush=True)
 
 
 if __name__ == "__main__":

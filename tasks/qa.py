@@ -277,6 +277,9 @@ def evaluate_questions(model, tokenizer, cfg, dist, out):
             results.add(rows)
             progress(len(batch) * dist.world_size)
     found = ResultsFile(results.path, settings).rows
+    if len(found) < len(questions):
+        raise UserError(f"{results.path} has {len(found)} of {len(questions)} questions: some rank "
+                        "did not finish; the same command goes on")
     # The measures by question, and the base after temperature scaling.
     clusters = {"count": np.ones(len(found))}
     temperatures = {}

@@ -146,7 +146,8 @@ def test_positions_of_sampling_are_those_of_the_packed_pass():
     context = GrowingContext(5, every_position(ids_BL), True)
     seen = [context.position_BS]
     for new in (1, 2, 1):
-        seen.append(context.begin_pass(new, 1).position_BS)
+        context.begin_pass(new, 1)
+        seen.append(context.position_BS)
     assert seen[0][0].tolist() == [0, 1, 2, 3, 4]
     assert seen[1][0].tolist() == [1, 2, 3, 4]                     # start: one past each position
     assert seen[2][0].tolist() == [2, 3, 3, 4, 4, 5, 5, 6]

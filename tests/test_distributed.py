@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import train
-from checkpoint import find_checkpoint, save_model
+from checkpoint import find_checkpoint, load_model, save_model
 from data import Batches, TokenFile
 from test_train import assert_same_weights, rows, tensors
 from tokenizer import load_tokenizer
@@ -90,13 +89,11 @@ def test_bfloat16_is_the_same_in_ddp_and_fsdp(layouts):
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
 
 
-def test_what_shards_save_is_what_one_process_saves_byte_for_byte(call, layouts, tmp_path):
+def test_what_shards_save_is_what_one_process_saves_byte_for_byte(layouts, tmp_path):
     folders = [find_checkpoint(layouts / name) for name in ("one_unlearnt", "fsdp_unlearnt")]
     converted = [tmp_path / "one", tmp_path / "fsdp"]
     for folder, out in zip(folders, converted):
-        status, _, stderr = call(checkpoint, f"--checkpoint={folder}", f"--out={out}",
-                                 "--dtype=bfloat16")
-        assert status == 0, stderr
+        save_model(load_model(folder, dtype=None), out, torch.bfloat16)
     for one, sharded in (folders, converted):
         (file,) = one.glob("*.safetensors")
         assert file.read_bytes() == (sharded / file.name).read_bytes()

@@ -90,7 +90,7 @@ def test_a_mistake_is_one_line(call, game, tmp_path):
             ([f"--checkpoint={tmp_path}", "--task=gsm8k"], "--file=FILE"),
             ([f"--checkpoint={tmp_path}", "--data=x", "--thoughts=mine"],
              "--thoughts: 'mine' is not one of own, shuffled, none"),
-            ([f"--checkpoint={tmp_path}", "--task=dates"], "'dates' is not one of none"),
+            ([f"--checkpoint={tmp_path}", "--data=x", "--task=dates"], "task 'dates' is not one of"),
             ([f"--checkpoint={tmp_path}/plain", data, "--thought_len=2"], "plain does not think")):
         status, _, stderr = call(evaluation, *argv)
         assert status == 2 and words in stderr and stderr.count("\n") == 1, stderr

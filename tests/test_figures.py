@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 def drawn(monkeypatch):
     """The figures that are drawn: drawn[0].axes are the axes of the first."""
     figures_ = []
-    for name in ("mask", "learning", "controls"):
+    for name in ("mask", "learning"):
         def draw(cfg, figure, draw=getattr(figures, name)):
             draw(cfg, figure)
             figures_.append(figure)
@@ -21,37 +21,11 @@ def drawn(monkeypatch):
     return figures_
 
 
-def points(ax, size):
-    """[x, y] of every marker of this size."""
-    lines = [line for line in ax.get_lines() if line.get_markersize() == size
-             and line.get_marker() == "o"]
-    return np.array(sorted(xy for line in lines for xy in zip(*line.get_data())), float)
-
-
 def write(folder, name, seed, **means):
     path, means = folder / f"{seed}-{name}.json", {"nll_base": 1.0, **means}
     values = {key: dict(mean=value) for key, value in means.items() if isinstance(value, float)}
     path.write_text(json.dumps({**means, **values}))
     return path
-
-
-def test_every_run_and_every_mean_stands_where_its_number_is(drawn, tmp_path, call):
-    rng, paths, right = np.random.default_rng(0), [], {}
-    for name in ("base", "thinking", "thinking-T2"):
-        for seed in range(3):
-            value = float(rng.random())
-            right.setdefault(name, []).append(value)
-            paths.append(write(tmp_path, name, seed, right_base=value, right_mixed=value,
-                               nll_base=1 - value, nll_scaled=0.5, nll_mixed=1 - value))
-    status, told, _ = call(figures, "--kind=controls", f"--input={','.join(map(str, paths))}",
-                           f"--out={tmp_path}/controls.png")
-    assert status == 0 and (tmp_path / "controls.png").stat().st_size > 10_000
-    accuracy, nll = drawn[0].axes
-    for ax, turn in (accuracy, lambda v: v), (nll, lambda v: 1 - v):
-        rows = [[turn(v) for v in right[name]] for name in ("base", "thinking", "thinking")]
-        rows.append(right["base"] if ax is accuracy else [0.5] * 3)        # base, scaled
-        np.testing.assert_allclose(points(ax, 3)[:, 0], sorted(sum(rows, [])))
-        np.testing.assert_allclose(points(ax, 7)[:, 0], sorted(np.mean(rows, axis=1)))
 
 
 def write_log(path, mixed, base):
@@ -119,14 +93,6 @@ def test_a_mistake_is_one_line(call):
     assert status == 2 and "'pie' is not one of mask" in stderr and stderr.count("\n") == 1
 
 
-def test_a_figure_of_no_control_is_refused(tmp_path, call):
-    path = write(tmp_path, "other", 0)
-    status, _, stderr = call(figures, "--kind=controls", f"--input={path}",
-                             f"--out={tmp_path}/empty.png")
-    assert status == 2 and "no control among other" in stderr and stderr.count("\n") == 1
-    assert not (tmp_path / "empty.png").exists()
-
-
 def test_a_file_of_another_kind_is_one_line_that_names_it(tmp_path, call):
     found, log, text = (tmp_path / name for name in ("0-base.json", "log.jsonl", "README.md"))
     write(tmp_path, "base", 0)
@@ -139,8 +105,7 @@ def test_a_file_of_another_kind_is_one_line_that_names_it(tmp_path, call):
             ("table", log, log, "JSON"), ("table", text, text, "JSON"),
             ("table", number, number, "eval.py"), ("learning", found, found, "log.jsonl"),
             ("learning", text, text, "log.jsonl"), ("learning", number, number, "log.jsonl"),
-            ("learning", log, log, "log.jsonl"), ("controls", log, log, "JSON"),
-            ("controls", number, number, "eval.py")):
+            ("learning", log, log, "log.jsonl")):
         status, _, stderr = call(figures, f"--kind={kind}", f"--input={given}", out)
         assert status == 2 and f"{wrong} is not" in stderr and of in stderr, stderr
         assert stderr.count("\n") == 1 and not (tmp_path / "wrong.png").exists()

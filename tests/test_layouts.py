@@ -3,7 +3,6 @@ import json
 
 import pytest
 
-import checkpoint
 import eval as evaluation
 import sample
 import train
@@ -72,7 +71,7 @@ def test_every_layout_thinks_the_same(game, tmp_path, call):
     ours, official, converted = (tmp_path / name for name in ("ours", "official", "converted"))
     save_model(quiet, ours, tokenizer=tokenizer)
     save_official(quiet, official, tokenizer=tokenizer)
-    assert call(checkpoint, f"--checkpoint={official}", f"--out={converted}")[0] == 0
+    save_model(load_model(official, dtype=None), converted, tokenizer=load_tokenizer(official))
     argv = ("--prompt=ball c : ab cd", "--max_new_tokens=6", "--show-thoughts")
     shown = [call(sample, f"--checkpoint={path}", *argv)[1] for path in (ours, official, converted)]
     assert shown[0] and shown[0] == shown[1] == shown[2]

@@ -278,9 +278,9 @@ def test_scoring_with_thoughts_costs_at_most_t_plus_3_times_the_base(school):
 
 @pytest.mark.parametrize("changes, words", [
     (["--task=gsm8k"], "for gsm8k and commonsense_qa, --file=FILE"),
-    (["--task=sums", "--file=x"], "'sums' is not one of none, shell_game, gsm8k, commonsense_qa"),
+    (["--task=sums", "--file=x"], "task 'sums' is not one of none, shell_game"),
     (["--task=gsm8k", "--file=nowhere.jsonl"], "nowhere.jsonl"),
-    (["--task=gsm8k", "--file=x", "--votes=2", "--thoughts=shuffled"], "being written has no"),
+    (["--task=gsm8k", "--file=x", "--votes=2", "--thoughts=shuffled"], "new text has no others"),
     (["--task=commonsense_qa", "--file=GSM"], "GSM:1: not a row of commonsense_qa: 'choices'")])
 def test_a_mistake_is_one_line(call, school, changes, words):
     gsm = str(school / "gsm8k.jsonl")

@@ -151,7 +151,8 @@ def test_nothing_is_unpickled_and_nothing_is_executed(name):
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
-    assert len(text.encode()) <= 10_240 and len(text.split()) <= 1600
+    words = [word for word in text.split() if re.search(r"\w", word)]     # not a table's bars
+    assert len(text.encode()) <= 10_240 and len(words) <= 1600
     assert len(re.findall(r"!\[|<img ", text)) <= 3
     for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", text):
         path = "".join(target)

@@ -351,7 +351,16 @@ def test_every_average_names_its_denominator():
     counts = denominators(valid_BL, quiet.config).tolist()
     assert counts == [6 + 3,                       # base: next tokens that exist
                      (6 + 3) * 2, (5 + 2) * 2,    # mixed, at a = 0 and 1, times N
-                     2 * 4 * 2 * 3]               # policy: B * (L - 1 - A) * N * T, padding counted
+                     2 * 4 * 2]                   # rewards: B * (L - 1 - A) * N, padding counted
+
+
+def test_the_mean_reward_is_a_mean_for_every_length_of_thought():
+    """It was a sum where T = 0: the divisor was the number of thought tokens."""
+    ids_BL = texts(2, 9)
+    for thought_len in (0, 3):
+        out = tiny_quiet(thought_len=thought_len)(ids_BL, ids_BL >= 0)
+        mean = out.reward_BNP[:, :, :9 - 1 - 2].mean()              # positions 0 .. L-2-A
+        torch.testing.assert_close(out.metrics()["thought/reward"].float(), mean)
 
 
 def test_thinking_at_a_random_share_of_the_positions_estimates_the_same_gradient():

@@ -53,9 +53,9 @@ def _chart(tokens: list[Token], number: int, strongest: float) -> str:
     return (f'<figure><div class="axis"><span>{strongest:+.2f}</span><span>0</span>'
             f"<span>{-strongest:+.2f}</span></div>"
             f'<svg viewBox="{first} 0 {max(1, n - first)} 2" preserveAspectRatio="none" role="img" '
-            f'style="max-width:{3 * (n - first)}rem" aria-label="gain by token">{bars}'
-            f'<line x1="{first}" x2="{n}" y1="1" y2="1"/></svg>'
-            '<figcaption class="faint">nats gained by thinking, by token</figcaption></figure>')
+            f'style="max-width:{3 * (n - first)}rem" aria-label="gain by token">{bars}<line y1="1" '
+            f'y2="1" x1="{first}" x2="{n}"/></svg><figcaption class="faint">nats gained by '
+            'thinking, by token</figcaption></figure>')
 
 
 def _word(token: Token, name: str) -> str:
