@@ -1,6 +1,6 @@
 # make demo       a small Mistral learns to think: 5 minutes on two cores, no GPU
-# make test       the tests of the book, with the core packages and pytest alone: about a minute
-# make test-all   every test, with the libraries that are compared with and a browser, as CI runs it
+# make test       the tests of all but tasks and tools, with the core packages and pytest alone
+# make test-all   every test, with the libraries that are compared with and a browser (.ci/run)
 
 PYTHON ?= python3
 RUN = .venv/bin/python
