@@ -196,6 +196,7 @@ def configure():
 
 
 COLUMNS = {                           # how the screen shows a name of the log
+    "loss": ("loss", ".4f"),
     "nll/base": ("base", ".4f"), "nll/mixed": ("mixed", ".4f"),
     "thought/reward": ("reward", "+.4f"), "thought/entropy": ("entropy", ".3f"),
     "thought/mixing_weight": ("weight", "+.3f"),
@@ -225,8 +226,9 @@ class RunLog:
             self.printed = time.monotonic()
             shown = [f"step {step}/{steps}"]
             for name, value in values.items():
-                head, form = COLUMNS.get(name, (name, ".4f"))
-                shown.append(f"{head} {value:{form}}")
+                if name in COLUMNS or name.startswith("eval/"):
+                    head, form = COLUMNS.get(name, (name, ".4f"))
+                    shown.append(f"{head} {value:{form}}")
             print("  ".join(shown), flush=True)
 
 
