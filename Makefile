@@ -1,4 +1,4 @@
-# make demo       a small Mistral learns to think: 5 minutes on two cores, no GPU
+# make demo       a small Mistral learns to think: 6 minutes on two cores, no GPU
 # make test       the tests of all but tasks and tools, with the core packages and pytest alone
 # make test-all   every test, with the libraries that are compared with and a browser (.ci/run)
 

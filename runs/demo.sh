@@ -1,5 +1,5 @@
 #!/bin/sh
-# A small Mistral learns to think, in 5 minutes on two cores, without a GPU. `make demo` runs this.
+# A small Mistral learns to think, in 6 minutes on two cores, without a GPU. `make demo` runs this.
 # The times are those of one thread of an AMD EPYC beside another job. Chance is one cup in five.
 set -e
 cd "$(dirname "$0")/.."
@@ -15,7 +15,7 @@ python train.py --objective=plain --data=data/shell_game/with_reasoning --out=ou
   --steps=1200 --batch_size=32 --seq_len=64 --crops=stream --lr=2e-3 --min_lr=1e-4 --warmup=50 \
   --weight_decay=0 --eval_task=shell_game --eval_every=300 --eval_texts=500 --save_every=300
 
-# 2. Control: the same training goes on, on text without reasoning (10 seconds)
+# 2. Control: the same training goes on, on text without reasoning (15 seconds)
 python train.py --objective=plain --init_from=out/demo/base \
   --data=data/shell_game/without_reasoning --out=out/demo/plain \
   --steps=200 --batch_size=56 --seq_len=12 --crops=document --lr=3e-4 --min_lr=1.5e-5 --warmup=20 \
@@ -29,7 +29,7 @@ python train.py --init_from=out/demo/base \
   --thought_len=6 --n_true=1 --n_thoughts=4 --policy_weight=10 --policy_temperature=1 \
   --marker_lr=1 --mixing_lr=5
 
-# 4. A thought, and 2,000 held-out lines scored without and with thoughts (20 seconds)
+# 4. A thought, and 2,000 held-out lines scored without and with thoughts (1 minute)
 python sample.py --checkpoint=out/demo/quiet --show-thoughts --max_new_tokens=1 \
   --prompt="ball c : ab cd ce ad now"
 python eval.py --checkpoint=out/demo/base --task=shell_game --texts=2000 \
