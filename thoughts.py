@@ -83,7 +83,7 @@ class Losses:
             "thought/reward": (self.reward_BNP * policy_mask).sum() / n_rewards,
             "thought/advantage": self.advantage_BNP.sum() / n_rewards,
             "thought/entropy": (self.thought_nll_BNP * policy_mask).sum() / n_rewards,
-            "thought/mixing_weight": sum_of_weights / n_mixed_A.sum(),
+            "thought/mixing_weight": sum_of_weights / self.denominators[1:-1].sum().clamp(min=1),
         }
 
 
@@ -102,8 +102,7 @@ class QuietSTaR(nn.Module):
     @torch.no_grad()
     def init_thoughts(self, embedding_D, generator: torch.Generator):
         """Initialise the markers with an em dash's embedding, as the paper does, and the mixing
-        head as torch does, but its last layer with zero: a fresh model predicts like its base.
-        """
+        head as torch does, but its last layer with zero: a fresh model predicts like its base."""
         self.start_thought.copy_(embedding_D)
         self.end_thought.copy_(embedding_D)
         for layer in (self.mixing_head[0], self.mixing_head[2]):
@@ -175,8 +174,7 @@ class QuietSTaR(nn.Module):
 
     def sample_and_read(self, ids_BL, position_BP, uniform_BNPT, thought_BNPT, all_positions: bool):
         """Steps 1 and 2: final hidden states of the text [B, L, D] and of the branches
-        [B, N, P, M, D], the thoughts, and their mean nll (0 where they were given).
-        """
+        [B, N, P, M, D], the thoughts, and their mean nll (0 where they were given)."""
         thought_nll_BNP = torch.zeros(())
         if thought_BNPT is None:
             with torch.no_grad():
@@ -219,8 +217,7 @@ class QuietSTaR(nn.Module):
 
     def read(self, ids_BL, position_BP, thought_BNPT, all_positions: bool, n_after: int):
         """Final hidden states of the text [B, L, D] and of its branches [B, N, P, M, D], in one
-        pass: each branch sees the text up to its own position and itself (attention.may_attend).
-        """
+        pass: each branch sees the text up to its own position and itself (attention.may_attend)."""
         branch_BNPMD = self.embed_branch(ids_BL, position_BP, thought_BNPT, n_after)
         (_, N, P, M, _), L = branch_BNPMD.shape, ids_BL.shape[1]
         # one sequence: the text, then all branches; the context knows who sees whom
@@ -228,6 +225,15 @@ class QuietSTaR(nn.Module):
         context = PackedContext(L, position_BP, N, M, all_positions)
         hidden_BSD = self.model.transform(x_BSD, context)
         return hidden_BSD[:, :L], hidden_BSD[:, L:].unflatten(1, (N, P, M))
+
+    def read_rest(self, context: GrowingContext, ids_BL, position_BP, thought_BNPT, n_after: int):
+        """Final hidden states [B, N, P, m, D] of the m branch tokens that are still unread."""
+        branch_BNPMD = self.embed_branch(ids_BL, position_BP, thought_BNPT, n_after)
+        rest_BNPmD = branch_BNPMD[:, :, :, context.n_cached:]
+        _, N, _, m, _ = rest_BNPmD.shape
+        context.begin_pass(n_new=m, n_thoughts=N)
+        hidden_BSD = self.model.transform(rest_BNPmD.flatten(1, 3), context)
+        return hidden_BSD.view(rest_BNPmD.shape)
 
     def embed_branch(self, ids_BL, position_BP, thought_BNPT, n_after: int):
         """Embeddings of `start, thought, end, n_after true tokens`, [B, N, P, M, D]."""
@@ -244,8 +250,7 @@ class QuietSTaR(nn.Module):
 
     def mix(self, base, thought):
         """Mix two states [..., D]: weight 0 gives `base`, weight 1 gives `thought`. Returns the
-        mixture and the weight, which nothing bounds.
-        """
+        mixture and the weight, which nothing bounds."""
         # the head is linear, so mixing states is mixing logits
         base = base.expand_as(thought)
         weight = self.mixing_head(torch.cat((base, thought), dim=-1))
@@ -258,19 +263,18 @@ class QuietSTaR(nn.Module):
         Thoughts are greedy (argmax) unless `uniform_BNPT` or `thought_BNPT` decides; N is theirs,
         else 1. Returns base_BPD, mixed_BNPD (states for the head), mixing_weight_BNP, thought_BNPT.
         """
-        all_positions = position_BP is None
-        if all_positions:
+        if position_BP is None:
             position_BP = every_position(ids_BL, last=True)
+        all_positions = torch.equal(position_BP, every_position(position_BP, last=True))
+        context = GrowingContext(ids_BL.shape[1], position_BP, all_positions)
+        base_BLD = self.model(ids_BL, context)
         if thought_BNPT is None:
-            context = GrowingContext(ids_BL.shape[1], position_BP, all_positions)
-            self.model(ids_BL, context)
             n_thoughts = 1 if uniform_BNPT is None else uniform_BNPT.shape[1]
             thought_BNPT, _, _ = self.sample_thoughts(context, uniform_BNPT, n_thoughts)
+        rest_BNPmD = self.read_rest(context, ids_BL, position_BP, thought_BNPT, n_after=0)
         # the state at the end marker, which comes last, predicts the next token
-        base_BLD, branch_BNPMD = self.read(ids_BL, position_BP, thought_BNPT, all_positions,
-                                           n_after=0)
         base_BPD = gather_ahead(base_BLD, position_BP, 1)[:, :, 0]
-        mixed_BNPD, weight_BNP = self.mix(base_BPD[:, None], branch_BNPMD[..., -1, :])
+        mixed_BNPD, weight_BNP = self.mix(base_BPD[:, None], rest_BNPmD[..., -1, :])
         return base_BPD, mixed_BNPD, weight_BNP, thought_BNPT
 
 

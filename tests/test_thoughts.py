@@ -408,3 +408,29 @@ def test_bfloat16_autocast_stays_near_float32():
         rounded = quiet(ids_BL, valid_BL, thought_BNPT=thought_BNPT).loss
     rounded.backward()
     torch.testing.assert_close(rounded.detach(), exact.detach(), rtol=0.02, atol=0)
+
+
+def test_predicting_reads_on_from_the_sampling_as_reading_anew_does():
+    quiet, ids_BL = tiny_quiet(), texts(2, 9)
+    for position_BP in (None, every_position(ids_BL, last=True), torch.tensor([[0, 3], [2, 8]])):
+        sampled = quiet.predict(ids_BL, position_BP, uniforms(2, 2, 9 if position_BP is None
+                                                              else position_BP.shape[1], 3))
+        given = quiet.predict(ids_BL, position_BP, thought_BNPT=sampled[3])
+        for ours, theirs in zip(sampled, given):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_one_pass_without_gradients_gives_the_same_loss():
+    ids_BL, losses = texts(2, 9), []
+    for one_pass in (True, False):
+        with torch.no_grad():
+            losses.append(tiny_quiet(one_pass=one_pass)(ids_BL, ids_BL >= 0).loss)
+    assert torch.equal(*losses)
+
+
+def test_the_mean_weight_is_over_the_true_tokens_that_exist():
+    quiet, ids_BL = tiny_quiet(n_true=4), texts(2, 3)
+    losses = quiet(ids_BL, ids_BL >= 0)
+    exists = losses.target_mask_BPA[:, None].expand_as(losses.mixing_weight_BNPA)
+    mean = losses.mixing_weight_BNPA[exists].mean()
+    torch.testing.assert_close(losses.metrics()["thought/mixing_weight"].float(), mean)
