@@ -200,3 +200,9 @@ def test_the_fastest_round_of_each_variant_counts(monkeypatch):
 def test_a_wrong_kind_is_one_line(call):
     status, _, err = call(bench, "--kind=speed")
     assert status == 2 and err.startswith("error: --kind: 'speed' is not one of train, generate")
+
+
+@pytest.mark.parametrize("mistake", ["--gpus=0", "--gpus=", "--seq_len=0", "--batch_size=0"])
+def test_memory_of_nothing_is_one_line(call, mistake):
+    status, _, stderr = call(memory, mistake)
+    assert status == 2 and stderr.startswith("error: --") and stderr.count("\n") == 1

@@ -11,7 +11,7 @@
   generate, decode   one more token for each text, with a thought and without
 
 Variants run in turn in fresh processes; the shortest time counts. Memory includes Python and torch
-(0.25 GB). FLOPs are those of matrix products; `share` relates their rate to one large product's.
+(0.25 GB). FLOPs are those of matrix products, not of fused attention; `share` is of a large one.
 """
 import json
 import resource
@@ -26,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
-from attention import GrowingContext
+from attention import GrowingContext, aten
 from inference import Generator
 from model import Mistral, ModelConfig
 from thoughts import QuietSTaR, ThoughtConfig, every_position
@@ -36,8 +36,9 @@ from train import PlainObjective
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=2, ffn_dim=704, vocab_size=8192,
              thought_len=9)
+VARIANTS = ("quiet", "plain_path", "sampling", "plain", "decode", "generate")
 TABLES = {                            # variants and their options
-    "train": ["quiet", "plain_path", "sampling", "plain"],
+    "train": VARIANTS[:4],
     "generate": ["decode --seq_len=64", "generate --seq_len=64", "decode", "generate"]}
 
 
@@ -49,7 +50,7 @@ class BenchConfig:
     batch_size: int = 1               # texts in a step
     recompute: int = 0                # activation checkpointing of every n-th block; 0 none, 1 all
     rounds: int = 3                   # fresh processes for each variant
-    variant: str = ""                 # measure only this variant, in this process; print JSON
+    variant: Literal["", *VARIANTS] = ""  # measure only this variant, in this process; print JSON
 
 
 def shortest(run, times: int) -> float:
@@ -68,7 +69,12 @@ def shortest(run, times: int) -> float:
 def count_flops(run, quiet: QuietSTaR) -> int:
     """Count the FLOPs of matrix products in one run."""
     quiet.start_thought.requires_grad_(False)         # no product; the counter's hooks refuse it
-    with FlopCounterMode(display=False) as counter:
+    # a CPU's fused attention is not counted by torch, and a GPU's as a full square: count neither
+    fused = (aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_cudnn_attention,
+             aten._scaled_dot_product_flash_attention_backward,
+             aten._scaled_dot_product_cudnn_attention_backward)
+    none = dict.fromkeys(fused, lambda *_, **__: 0)
+    with FlopCounterMode(display=False, custom_mapping=none) as counter:
         run()
     quiet.start_thought.requires_grad_(True)
     return counter.get_total_flops()
@@ -135,9 +141,12 @@ def collect(cfg: BenchConfig):
     """Measure each variant of the table in turn, and keep its fastest round."""
     found = {}
     for name in TABLES[cfg.kind] * cfg.rounds:
-        command = [sys.executable, "-m", "tools.bench", *sys.argv[1:]]
-        command += f"--variant={name}".split()
-        run = json.loads(subprocess.check_output(command, cwd=Path(__file__).parents[1]))
+        options = [*sys.argv[1:], *f"--variant={name}".split()]
+        command = [sys.executable, "-m", "tools.bench", *options]
+        try:
+            run = json.loads(subprocess.check_output(command, cwd=Path(__file__).parents[1]))
+        except subprocess.CalledProcessError as error:
+            sys.exit(error.returncode)            # it has said why
         if name not in found or run["seconds"] < found[name]["seconds"]:
             found[name] = run
     return found

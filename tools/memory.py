@@ -18,6 +18,12 @@ class MemoryConfig:
     grad_accum: int = 1                           # micro-batches per step
     seq_len: int = 256                            # tokens per text
 
+    def __post_init__(self):
+        config.check_at_least(self, batch_size=1, grad_accum=1, seq_len=1)
+        least = min(self.gpus, default=0)
+        if least < 1:
+            raise config.UserError(f"--gpus={self.gpus}: give numbers above 0, like 1,2,4")
+
 
 def step_memory(cfg: MemoryConfig, m, c, n_gpus):
     """Return bytes on one GPU by purpose. `m` and `c` are a ModelConfig and a ThoughtConfig."""
