@@ -1,6 +1,7 @@
 #!/bin/sh
 # What is it that helps? Three seeds of every control, side by side with one thread each; a table
-# and a figure. 45 minutes on two busy cores. A stage whose output exists is skipped.
+# and a figure. 45 minutes on two busy cores. A stage whose output exists is skipped; a job
+# that fails stops the script, $$.
 set -e
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -16,7 +17,7 @@ for seed in 0 1 2; do
     --data=data/shell_game/with_reasoning --out=out/shell_game/base-$seed \
     --dim=128 --n_layers=2 --n_heads=4 --n_kv_heads=2 --ffn_dim=352 --max_seq_len=512 \
     --steps=1200 --batch_size=32 --seq_len=64 --crops=stream --lr=2e-3 --min_lr=1e-4 --warmup=50 \
-    --weight_decay=0 --eval_task=shell_game --eval_every=300 --eval_texts=500 --save_every=300 &
+    --weight_decay=0 --eval_task=shell_game --eval_every=300 --eval_texts=500 --save_every=300 || kill $$ &
 done; wait
 
 # Control: plain training goes on (20 seconds)
@@ -25,7 +26,7 @@ for seed in 0 1 2; do
     --init_from=out/shell_game/base-$seed --data=data/shell_game/without_reasoning \
     --out=out/shell_game/plain-$seed --steps=200 --batch_size=56 --seq_len=12 --crops=document \
     --lr=3e-4 --min_lr=1.5e-5 --warmup=20 --weight_decay=0 --eval_task=shell_game \
-    --eval_every=25 --eval_texts=500 --save_every=50 &
+    --eval_every=25 --eval_texts=500 --save_every=50 || kill $$ &
 done; wait
 
 # Quiet-STaR, six tokens a thought and four thoughts (4 minutes)
@@ -36,7 +37,7 @@ for seed in 0 1 2; do
     --lr=3e-4 --min_lr=1.5e-5 --warmup=20 --weight_decay=0 --eval_task=shell_game \
     --eval_every=25 --eval_texts=500 --save_every=50 \
     --thought_len=6 --n_true=1 --n_thoughts=4 --policy_weight=10 --policy_temperature=1 \
-    --marker_lr=1 --mixing_lr=5 &
+    --marker_lr=1 --mixing_lr=5 || kill $$ &
 done; wait
 
 # Control: filler tokens, trained alike (4 minutes)
@@ -47,7 +48,7 @@ for seed in 0 1 2; do
     --lr=3e-4 --min_lr=1.5e-5 --warmup=20 --weight_decay=0 --eval_task=shell_game \
     --eval_every=25 --eval_texts=500 --save_every=50 \
     --thought_len=6 --n_true=1 --n_thoughts=1 --policy_weight=10 --policy_temperature=1 \
-    --marker_lr=1 --mixing_lr=5 &
+    --marker_lr=1 --mixing_lr=5 || kill $$ &
 done; wait
 
 # Control: without REINFORCE (4 minutes)
@@ -58,7 +59,7 @@ for seed in 0 1 2; do
     --crops=document --lr=3e-4 --min_lr=1.5e-5 --warmup=20 --weight_decay=0 \
     --eval_task=shell_game --eval_every=25 --eval_texts=500 --save_every=50 \
     --thought_len=6 --n_true=1 --n_thoughts=4 --policy_weight=0 --policy_temperature=1 \
-    --marker_lr=1 --mixing_lr=5 &
+    --marker_lr=1 --mixing_lr=5 || kill $$ &
 done; wait
 
 # Control: untrained thoughts, which is the base with fresh markers and mixing head (seconds)
@@ -68,7 +69,7 @@ for seed in 0 1 2; do
     --out=out/shell_game/thinking-untrained-$seed --steps=0 --batch_size=56 --seq_len=12 \
     --crops=document --eval_task=shell_game --eval_texts=500 \
     --thought_len=6 --n_true=1 --n_thoughts=4 --policy_weight=10 --policy_temperature=1 \
-    --marker_lr=1 --mixing_lr=5 &
+    --marker_lr=1 --mixing_lr=5 || kill $$ &
 done; wait
 
 # Thoughts of other lengths (2 to 6 minutes each)
@@ -80,7 +81,7 @@ for T in 0 1 2 4 8; do
       --crops=document --lr=3e-4 --min_lr=1.5e-5 --warmup=20 --weight_decay=0 \
       --eval_task=shell_game --eval_every=25 --eval_texts=500 --save_every=50 \
       --thought_len=$T --n_true=1 --n_thoughts=4 --policy_weight=10 --policy_temperature=1 \
-      --marker_lr=1 --mixing_lr=5 &
+      --marker_lr=1 --mixing_lr=5 || kill $$ &
   done; wait
 done
 
@@ -93,7 +94,7 @@ for N in 1 2; do
       --crops=document --lr=3e-4 --min_lr=1.5e-5 --warmup=20 --weight_decay=0 \
       --eval_task=shell_game --eval_every=25 --eval_texts=500 --save_every=50 \
       --thought_len=6 --n_true=1 --n_thoughts=$N --policy_weight=10 --policy_temperature=1 \
-      --marker_lr=1 --mixing_lr=5 &
+      --marker_lr=1 --mixing_lr=5 || kill $$ &
   done; wait
 done
 
@@ -103,7 +104,7 @@ for name in base plain filler no-reinforce thinking thinking-T0 thinking-T1 thin
   for seed in 0 1 2; do
     [ -f out/shell_game/json/$seed-$name.json ] || python eval.py --task=shell_game --texts=2000 \
       --checkpoint=out/shell_game/$name-$seed --data=data/shell_game/without_reasoning \
-      --out=out/shell_game/json/$seed-$name.json > /dev/null &
+      --out=out/shell_game/json/$seed-$name.json > /dev/null || kill $$ &
   done; wait
 done
 
@@ -112,7 +113,7 @@ for seed in 0 1 2; do
   [ -f out/shell_game/json/$seed-thinking-shuffled.json ] || python eval.py --task=shell_game \
     --texts=2000 --thoughts=shuffled --checkpoint=out/shell_game/thinking-$seed \
     --data=data/shell_game/without_reasoning \
-    --out=out/shell_game/json/$seed-thinking-shuffled.json > /dev/null &
+    --out=out/shell_game/json/$seed-thinking-shuffled.json > /dev/null || kill $$ &
 done; wait
 
 # Models trained with six tokens a thought, given another number of them (5 seconds each)
@@ -121,7 +122,7 @@ for T in 0 1 2 3 4 5 7 8; do
     [ -f out/shell_game/json/$seed-given-T$T.json ] || python eval.py --task=shell_game \
       --texts=2000 --thought_len=$T --checkpoint=out/shell_game/thinking-$seed \
       --data=data/shell_game/without_reasoning \
-      --out=out/shell_game/json/$seed-given-T$T.json > /dev/null &
+      --out=out/shell_game/json/$seed-given-T$T.json > /dev/null || kill $$ &
   done; wait
 done
 
