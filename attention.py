@@ -76,8 +76,7 @@ def causal_flash(q_BhPE, k_BKPE, v_BKPE):
 
 def causal_flash_backward(d_out, q, k, v, out, lse, rest):
     """The kernel's backward. It computes exp(score - lse) and sum(d_out * out) from its arguments,
-    so given the *merged* out and lse it returns the text part's share of the merged gradient.
-    """
+    so given the *merged* out and lse it returns the text part's share of the merged gradient."""
     if q.is_cuda:
         return aten._scaled_dot_product_flash_attention_backward(
             d_out, q, k, v, out, lse, *rest[:4], 0.0, True, *rest[4:])
@@ -215,8 +214,7 @@ class PackedContext:
 
 class GrowingContext:
     """`PackedContext` with a KV cache: the first pass is the text, each later pass adds m tokens to
-    every thought. While the N thoughts of a position are identical, one may stand for all.
-    """
+    every thought. While the N thoughts of a position are identical, one may stand for all."""
     def __init__(self, text_len: int, position_BP, all_positions: bool):
         self.think_position_BP = position_BP
         self.all_positions = all_positions

@@ -67,8 +67,8 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = tor
     None keeps each tensor's own; `thought_config` replaces the stored settings, except
     `marker_ids`. Raises UserError for anything that is missing, damaged or not supported.
     """
-    path, file = _find_files(Path(folder))
-    with _or_the_one_before(path.parent):
+    with _or_the_one_before(Path(folder)):
+        path, file = _find_files(Path(folder))
         shape, stored_config = read_config(folder)
         tensors = open_tensors(file)
     layout = "mistral" if path.name == "params.json" else "ours"
@@ -119,8 +119,7 @@ def check_tokenizer(folder: str | Path, shape: ModelConfig, tokenizer) -> None:
 
 def add_thoughts(model: Mistral, settings: ThoughtConfig, dash_id: int, generator) -> QuietSTaR:
     """Wrap a model in a QuietSTaR, which predicts as the model does until it is trained. Both
-    markers start as the em dash, row `dash_id` of the embedding. New parameters are float32.
-    """
+    markers start as the em dash, row `dash_id` of the embedding. New parameters are float32."""
     embedding_D = model.embed.weight[dash_id].detach()
     quiet = QuietSTaR(model, settings).init_thoughts(embedding_D.cpu(), generator)
     return quiet.to(embedding_D.device)
@@ -194,7 +193,10 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
         shard = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in shard.items()}
         with atomic_write(folder / file) as temporary:
             (folder / "config.json").unlink(missing_ok=True)
-            save_file(shard, temporary, {"format": "pt"})
+            try:
+                save_file(shard, temporary, {"format": "pt"})
+            except SafetensorError as error:                 # a full disk, for one
+                raise UserError(f"cannot write {folder / file}: {error}") from None
     if entry == INDEX:
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         _write(folder / INDEX, json.dumps(index))
@@ -257,7 +259,7 @@ def read_state(folder: Path) -> dict:
     """Return a checkpoint's `step`, `settings`, and the optimizer's file names in `shares`."""
     with _or_the_one_before(folder):
         state = read_json(folder / "state.json")
-        if not {"step", "settings", "shares"} <= {*state}:
+        if not (isinstance(state, dict) and {"step", "settings", "shares"} <= {*state}):
             raise UserError(f"{folder}/state.json is damaged")
     settings = state["settings"].items()          # JSON has no tuples
     state["settings"] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings}

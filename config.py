@@ -42,7 +42,9 @@ def parse(*dataclasses_, argv: list[str] | None = None, defaults: dict | None = 
     names = []
     for cls in dataclasses_:
         group = parser.add_argument_group(cls.__name__)
-        source = inspect.getsource(cls)                      # each field's comment is its help
+        source = ""
+        with suppress(OSError):                              # a class typed at a prompt has none
+            source = inspect.getsource(cls)                  # each field's comment is its help
         comments = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, flags=re.MULTILINE))
         for field in dataclasses.fields(cls):
             names.append(f"--{field.name}")
@@ -54,7 +56,10 @@ def parse(*dataclasses_, argv: list[str] | None = None, defaults: dict | None = 
         near = difflib.get_close_matches(unknown[0].partition("=")[0], names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else " (see --help)"
         raise UserError(f"unknown option {unknown[0]}{hint}")
-    return tuple(_filled(cls, vars(values)) for cls in dataclasses_)
+
+    def filled(cls):
+        return cls(**{field.name: getattr(values, field.name) for field in dataclasses.fields(cls)})
+    return tuple(map(filled, dataclasses_))
 
 
 def options_on_command_line() -> set[str]:
@@ -71,10 +76,10 @@ def check_at_least(settings, **least) -> None:
 
 
 def run(main) -> None:
-    """Call `main`. A UserError becomes one line on stderr and exit status 2."""
+    """Call `main`. Bad input becomes one line on stderr and exit status 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:          # OSError: a disk, a folder, a permission
         line = " ".join(str(error).split())
         print("error: " + printable(line), file=sys.stderr)
         sys.exit(2)
@@ -85,10 +90,6 @@ def printable(text: str, keep: str = "") -> str:
     def escape(match):
         return match[0] if match[0] in keep else repr(match[0])[1:-1]
     return re.sub("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", escape, text)
-
-
-def _filled(cls, values: dict):
-    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
 def _underscored(word: str) -> str:

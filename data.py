@@ -5,7 +5,6 @@
 
 A folder of tokens holds train.bin and val.bin (uint16 or uint32, documents end to end), their
 .idx.npy (where each document begins, then the end), the tokenizer, and meta.json, written last.
-
 Left out on purpose: downloads, packing, epochs, loader processes and tokenizing in parallel.
 """
 import gzip

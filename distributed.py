@@ -2,7 +2,6 @@
 
     torchrun --nproc_per_node=8 train.py ...                    ddp: each rank holds everything
     torchrun --nproc_per_node=8 train.py --parallel=fsdp ...    fsdp: each rank holds an eighth
-
 Left out on purpose: tensor and pipeline parallelism, hybrid sharding, and gathering the weights
 anew for each pass, which saves memory at T + 2 times the traffic.
 """
@@ -171,7 +170,7 @@ def fail_together(dist: Distributed):
     error = None
     try:
         yield
-    except UserError as caught:
+    except (UserError, OSError) as caught:
         error = caught
     failed = all_gather_ints([error is not None], dist).flatten()
     if failed.any():

@@ -10,7 +10,6 @@ Every scored token is predicted twice by the same model: from the base state, an
 mixed with the one after a single greedy thought at that position. Controls: every table has the
 base after temperature scaling; --thoughts=shuffled gives each position the thought of another one;
 plain training and filler tokens are other checkpoints, and --against compares two results in pairs.
-
 Left out on purpose: other people's tasks (tasks/lm_eval_harness.py), means over seeds (figures).
 """
 import json

@@ -7,7 +7,6 @@ One output token takes: the base state at the last position, one thought of T to
 mixed prediction; then the thought is dropped. The thought uses the text's cache: it is written
 beyond the last token, where the next tokens overwrite it. That is T + 1 passes a token (T >= 1),
 whatever the length of the text; with a gate, T + 2 for the texts that think and 1 for the others.
-
 Left out on purpose: beam search and serving. Shapes: those of thoughts.py; b of B texts think.
 """
 from dataclasses import dataclass
@@ -201,8 +200,7 @@ def cut_at(text: str, stops) -> tuple[str, bool]:
 def complete(model, prompts, tokenizer, max_new_tokens: int, stop, think=True, temperature=0.0,
              keys=None):
     """Continue prompts (ids) in one batch, each up to `max_new_tokens` tokens, the end of the text,
-    or until `stop(row, its text so far)` is true. `keys` seed the random numbers of each row.
-    """
+    or until `stop(row, its text so far)` is true. `keys` seed the random numbers of each row."""
     device = base_model(model).embed.weight.device
     ids_BL, length_B = pad_ids(prompts, device)
     keys = keys or [(0, row) for row in range(len(prompts))]

@@ -40,7 +40,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             # the head's gradient is summed over chunks, so it is summed in fp32 at least
             sum_dtype = torch.promote_types(head_VD.dtype, torch.float32)
             d_head_VD = torch.zeros_like(head_VD, dtype=sum_dtype)
-        # under autocast the hidden states are bf16, and so are the products
+        # under autocast the states stay fp32, and the products are in bf16
         cast_head_VD = head_VD.to(hidden_RD.dtype)
         size = chunk_rows(head_VD)
         for start in range(0, len(hidden_RD), size):
@@ -79,8 +79,7 @@ def chunked_cross_entropy(hidden_RD, head_VD, target_R, weight_R, temperature=1.
 @torch.no_grad()
 def sample_tokens(hidden_RD, head_VD, uniform_R=None, masked_ids=()):
     """Sample one token per row at temperature 1; return its id and its -log p (nats), both [R]: the
-    first whose cumulative probability exceeds `uniform_R` in [0, 1); without it, the argmax.
-    """
+    first whose cumulative probability exceeds `uniform_R` in [0, 1); without it, the argmax."""
     token_R = torch.empty(len(hidden_RD), dtype=torch.long, device=hidden_RD.device)
     nll_R = torch.empty(len(hidden_RD), device=hidden_RD.device)
     # the numbers decide, not the batch: chunks change nothing
@@ -98,8 +97,7 @@ def sample_tokens(hidden_RD, head_VD, uniform_R=None, masked_ids=()):
 
 def invert_cdf(p_RV, uniform_R):
     """The column of each row whose share of the cumulative sum holds `uniform_R` times the total;
-    never one of probability 0.
-    """
+    never one of probability 0."""
     cumulative_RV = p_RV.cumsum(dim=-1)
     # stay strictly below the total, where the last columns may have no share
     total_R1 = cumulative_RV[:, -1:]

@@ -5,7 +5,6 @@ sliding window, SwiGLU (arXiv 2310.06825). Llama and Qwen2 are the same modules 
 
 The one seam: a block computes queries, keys and values, and the *context* that it was given decides
 who attends to whom. A text has a `CausalContext`; thoughts bring their own (attention.py).
-
 Left out on purpose: dropout (checkpoints are trained without), mixture of experts.
 
 Shapes, as suffixes of names:
@@ -77,8 +76,7 @@ def may_see(query_position, key_position, window: int | None):
 
 class KVCache:
     """Keys and values of B texts, preallocated; slot t holds rotary position t. A dropped thought
-    stays in later slots: no query attends to later positions, and the next tokens overwrite it.
-    """
+    stays in later slots: no query attends to later positions, and the next tokens overwrite it."""
     def __init__(self, config: ModelConfig, batch: int, n_slots: int, device=None, dtype=None):
         shape = (config.n_layers, batch, config.n_kv_heads, n_slots, config.head_dim)
         self.k_BKLE, self.v_BKLE = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")

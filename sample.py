@@ -52,6 +52,9 @@ class SampleConfig:
         mistakes = {
             "--checkpoint=FOLDER is needed": not self.checkpoint,
             "--think=gate and --gate need each other": (self.think == "gate") != bool(self.gate),
+            f"--samples={self.samples} would all be alike: give --temperature above 0":
+                self.samples > 1 and self.temperature == 0,
+            "--think=never shows no thoughts": self.think == "never" and self.show_thoughts,
             f"--top_p={self.top_p} is not above 0 and at most 1": not 0 < self.top_p <= 1,
             "give one of --prompt and --text-file": self.text_file and self.prompt is not None}
         for message, mistaken in mistakes.items():
@@ -62,7 +65,6 @@ class SampleConfig:
 @torch.no_grad()
 def teacher_forced(model, tokenizer, ids: list[int], think=True, gate=None) -> TextStream:
     """Read a given text, with a greedy thought before each token, or only where a `gate` opens.
-
     Raises UserError if the text and a thought exceed the context, or one token predicts no other.
     """
     base = base_model(model)
@@ -79,7 +81,7 @@ def teacher_forced(model, tokenizer, ids: list[int], think=True, gate=None) -> T
     # the reward of each thought, as in training
     reward_P = [None] * len(base_PD)
     if think:
-        losses = model(ids_1L, ids_1L >= 0, position_1P, thought_BNPT=thought_PT[None, None])
+        losses = model(ids_1L, ids_1L >= 0, thought_BNPT=thought_PT[None, None])
         reward_P = losses.reward_BNP[0, 0].tolist()
     stream = TextStream(tokenizer, ids)
     stream.prompt, stream.waiting = stream.prompt[:1], stream.prompt[1:]

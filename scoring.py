@@ -32,8 +32,7 @@ def thinks(model, thoughts="own"):
 
 def load_task(name: str):
     """The module tasks/NAME.py; None for "none". It offers `answer_positions`, `candidates` and, if
-    there is a right way of reasoning, `reasoning_is_right`: see tasks/shell_game.py.
-    """
+    there is a right way of reasoning, `reasoning_is_right`: see tasks/shell_game.py."""
     if name == "none":
         return None
     if name not in DATA_TASKS:
@@ -45,8 +44,7 @@ def load_task(name: str):
 def pad_ids(rows: list, device=None):
     """Right-pad lists of ids with 0: ids_BL and length_B."""
     lengths = [len(ids) for ids in rows]
-    shape = (len(rows), max(lengths))
-    ids_BL = torch.zeros(shape, dtype=torch.long, device=device)
+    ids_BL = torch.zeros(len(rows), max(lengths), dtype=torch.long, device=device)
     for row, ids in enumerate(rows):
         ids_BL[row, :len(ids)] = torch.as_tensor(ids)
     return ids_BL, torch.tensor(lengths, device=device)
@@ -59,16 +57,13 @@ def pack_positions(where_BL):
     chosen_first_BL = where_BL.int().argsort(dim=1, descending=True, stable=True)
     position_BP = chosen_first_BL[:, :P]
     real_BP = torch.arange(P, device=where_BL.device) < count_B1
-    first_B1 = position_BP[:, :1]
-    position_BP = torch.where(real_BP, position_BP, first_B1)
-    return position_BP, real_BP
+    return torch.where(real_BP, position_BP, position_BP[:, :1]), real_BP
 
 
 @torch.no_grad()
 def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
     """States from which the R real positions predict: base_RD, mixed_RD (base_RD itself if nobody
-    thinks), mixing weight_R, thought_RT.
-    """
+    thinks), mixing weight_R, thought_RT."""
     if not thinks(model, thoughts):
         context = CausalContext(every_position(ids_BL, last=True))
         hidden_BLD = base_model(model)(ids_BL, context)
@@ -81,13 +76,15 @@ def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
     if thoughts == "shuffled":
         # a cycle through a random order: every position gets the thought of another one
         thought_RT = thought_BNPT[:, 0][real_BP]
+        if len(thought_RT) == 1:
+            raise UserError("--thoughts=shuffled: a batch of one scored token has no other thought "
+                            "to give it: raise --batch_size")
         generator = torch.Generator().manual_seed(0)
         order_R = torch.randperm(len(thought_RT), generator=generator)
         shuffled_RT = torch.empty_like(thought_RT)
         shuffled_RT[order_R] = thought_RT[order_R.roll(1)]
         thought_BNPT[:, 0][real_BP] = shuffled_RT
-        _, mixed_BNPD, weight_BNP, _ = model.predict(
-            ids_BL, position_BP, thought_BNPT=thought_BNPT)
+        _, mixed_BNPD, weight_BNP, _ = model.predict(ids_BL, position_BP, thought_BNPT=thought_BNPT)
     base_RD = base_BPD[real_BP]
     mixed_RD = mixed_BNPD[:, 0][real_BP]
     weight_R = weight_BNP[:, 0][real_BP]
@@ -97,8 +94,7 @@ def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
 @torch.no_grad()
 def answer_logits(model, texts, thoughts="own"):
     """For each text (ids, start) of one batch: base and mixed logits_SV of its tokens from `start`
-    on, and the mixing weight_S.
-    """
+    on, and the mixing weight_S."""
     device = base_model(model).embed.weight.device
     rows, starts = zip(*texts)
     ids_BL, length_B = pad_ids(rows, device)
@@ -124,8 +120,7 @@ def answer_logits(model, texts, thoughts="own"):
 @torch.no_grad()
 def score_targets(model, hidden_RD, target_R, candidates=None, temperatures=()):
     """For each target token: its nll (nats), whether it is the argmax (of `candidates`, if given),
-    the entropy of the prediction (nats), and its nll at each of `temperatures`, [R, k].
-    """
+    the entropy of the prediction (nats), and its nll at each of `temperatures`, [R, k]."""
     found = []
     for start in range(0, len(target_R), CHUNK):
         rows = slice(start, start + CHUNK)
@@ -207,14 +202,14 @@ def score_texts(
     widths = {"thought": (thought_len,), "nll_at": (len(temperatures),)}
     scores = {}
     for name in FIELDS:
-        shape = (n_scored, *widths.get(name, ()))
+        shape = n_scored, *widths.get(name, ())
         scores[name] = torch.zeros(shape, dtype=torch.float64)
     index_BL = torch.zeros_like(ids_BL)
     index_BL[where_BL] = torch.arange(n_scored)       # where each scored token goes
     # texts of like length share a batch, the longest first
     length_B = valid_BL.sum(1)
     longest_first_B = length_B.argsort(descending=True, stable=True)
-    batches = longest_first_B.split(batch_size)
+    batches = longest_first_B.tensor_split(-(-len(ids_BL) // batch_size))     # of like size
     progress = Progress(n_scored, "scoring tokens", dist.is_main)
     for rows in batches[dist.rank::dist.world_size]:
         width = int(length_B[rows[0]])
@@ -243,7 +238,4 @@ def evaluate_held_out(model, token_file, tokenizer, n_texts, seq_len, task):
     if isinstance(model, QuietSTaR):
         names |= {"nll/mixed": "nll_mixed", "accuracy/mixed": "right_mixed",
                   "mixing_weight": "mixing_weight"}
-    means = {}
-    for key, name in names.items():
-        means[key] = float(scores[name].mean())
-    return means
+    return {key: float(scores[name].mean()) for key, name in names.items()}

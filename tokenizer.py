@@ -3,7 +3,6 @@
     tokenizer = load_tokenizer("checkpoints/mistral-7b")     # a file, or a folder that holds one
 
 Every id stands for bytes; to decode, these are joined and read as UTF-8. data.py trains new ones.
-
 Left out on purpose: chat templates, the kinds of tokenizer.json that are not byte-level BPE, and
 special tokens written as text: "</s>" in a document is four characters, not its end.
 """

@@ -8,7 +8,6 @@
 Two lines of tildes in `main` enclose the only lines that learn; runs/ has complete commands. Every
 random number comes from a generator keyed by (seed, purpose, step, row), so a resumed run, another
 number of ranks, or another cut into micro-batches sees the same text and samples the same thoughts.
-
 Left out on purpose: a trainer class, callbacks, fp16 and loss scaling. With --dtype=bfloat16 the
 matrix products are bf16; weights and optimizer state stay fp32, as at lr 1e-6 they must.
 """
@@ -74,6 +73,8 @@ class TrainConfig:
                               eval_texts=1, save_every=1, recompute=0, lr=0, seed=0)
         if not 0 < self.think_share <= 1:
             raise UserError(f"--think_share={self.think_share} is not above 0 and at most 1")
+        if not 0 <= self.beta2 < 1:
+            raise UserError(f"--beta2={self.beta2} is not at least 0 and below 1")
         if not self.out or not self.data:
             raise UserError("--out=FOLDER and --data=FOLDER are needed (data.py makes the data)")
 
@@ -162,8 +163,7 @@ def thought_randoms(cfg: TrainConfig, thought_cfg: ThoughtConfig, step: int, row
 
 def configure():
     """Read the command line, with the settings of the checkpoint that is continued as defaults.
-    Returns the three configs, and the state of the run to resume, or None.
-    """
+    Returns the three configs, and the state of the run to resume, or None."""
     kinds = (TrainConfig, ModelConfig, ThoughtConfig)
     first, *_ = config.parse(*kinds, defaults={"out": "-", "data": "-"})
     has_run = Path(first.out, "latest").is_file()
@@ -196,8 +196,7 @@ def configure():
 
 
 COLUMNS = {                           # how the screen shows a name of the log
-    "loss": ("loss", ".4f"),
-    "nll/base": ("base", ".4f"), "nll/mixed": ("mixed", ".4f"),
+    "loss": ("loss", ".4f"), "nll/base": ("base", ".4f"), "nll/mixed": ("mixed", ".4f"),
     "thought/reward": ("reward", "+.4f"), "thought/entropy": ("entropy", ".3f"),
     "thought/mixing_weight": ("weight", "+.3f"),
     "grad_norm": ("norm", ".2f"), "lr": ("lr", ".1e"), "tokens/s": ("tok/s", ".0f")}
@@ -209,8 +208,11 @@ class RunLog:
         self.path, self.is_main, self.printed = out / "log.jsonl", is_main, 0.0
         if is_main and self.path.is_file():
             # a resumed run drops what its checkpoint does not hold; a row of a step says step + 1
-            lines = self.path.read_text().splitlines()
-            rows = [json.loads(line) for line in lines if line.endswith("}")]
+            lines = config.read_text(self.path).splitlines()
+            try:
+                rows = [json.loads(line) for line in lines if line.endswith("}")]
+            except ValueError:
+                raise UserError(f"{self.path} is damaged: give it another name") from None
             kept = [row for row in rows if row["step"] < step + ("loss" in row)]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             with config.atomic_write(self.path) as temporary:
@@ -219,7 +221,6 @@ class RunLog:
     def row(self, step, steps, values, always=False):
         if not self.is_main:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if always or time.monotonic() > self.printed + 1:
@@ -282,6 +283,7 @@ def main():
         checkpoint.load_optimizer(resumed, state, model, optimizer, dist)
         if dist.is_main:
             print(f"going on from {resumed}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
     log = RunLog(out, step, dist.is_main)
     saved_at = step if state else -1
     autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

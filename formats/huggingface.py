@@ -71,8 +71,7 @@ def file_name(name: str, layout: str) -> str:
 
 def permute_rope(tensor, name: str, config: ModelConfig):
     """Reorder q and k: rotary positions turn the rows (2e, 2e + 1) of a head in Mistral's files,
-    and (e, e + E/2) in ours. Other tensors are returned as they are.
-    """
+    and (e, e + E/2) in ours. Other tensors are returned as they are."""
     if not re.search(r"attention\.[qk]\.", name):
         return tensor
     n_heads = config.n_heads if ".q." in name else config.n_kv_heads
@@ -81,8 +80,7 @@ def permute_rope(tensor, name: str, config: ModelConfig):
 
 def from_config(given: dict, path: Path) -> tuple[ModelConfig, ThoughtConfig | None]:
     """Read a params.json, or a config.json of transformers 4 or 5, and its `quiet_star` section.
-    Raises UserError for an architecture that is not supported.
-    """
+    Raises UserError for an architecture that is not supported."""
     is_hf = path.name == "config.json"
     known = FAMILIES if is_hf else ("transformer", None)
     classes = given.get("architectures") or ()
@@ -154,8 +152,7 @@ def _rope(rope: dict, path: Path) -> dict:
 
 def to_config(config: ModelConfig, thoughts: ThoughtConfig | None, dtype: torch.dtype) -> dict:
     """Return the config.json that `from_config` reads back, spelled as by transformers 4. Raises
-    UserError for windows of several lengths, which it cannot express.
-    """
+    UserError for windows of several lengths, which it cannot express."""
     windows = [config.window(i) or 0 for i in range(config.n_layers)]
     if len(set(windows)) > 1:         # among several, a window as long as the context is none
         windows = [w if w < config.max_seq_len else 0 for w in windows]
@@ -208,8 +205,7 @@ class LazyTensor:
 
 def open_tensors(path: Path) -> dict[str, LazyTensor]:
     """Map the tensors of a .safetensors file, or of all files that an index (.json) names. Raises
-    UserError if a file is missing, cut short, or something else.
-    """
+    UserError if a file is missing, cut short, or something else."""
     if path.suffix == ".json":
         files = set(read_json(path).get("weight_map", {}).values())
         shards = [open_tensors(path.parent / file) for file in sorted(files)]

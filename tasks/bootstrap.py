@@ -2,7 +2,6 @@
 
 The bootstrap draws whole clusters (texts or questions), because the tokens of one text are not
 independent. A measure is one sum per cluster, and "count" says how many values were added up.
-
 Left out on purpose: tests of significance. An interval of a paired difference says more.
 """
 import json
@@ -36,7 +35,6 @@ def bootstrap_ci(total_C, count_C) -> dict:
 
 def temperature_scaled(value_RK, cluster_R, least: bool):
     """Return value_R of the base model after temperature scaling, and the two temperatures.
-
     A gain from thinking may be mere sharpening. value_RK has a column for each of TEMPERATURES.
     Even clusters take the best one of the odd clusters and vice versa. `least`: lower is better.
     """
@@ -68,11 +66,10 @@ def summary(clusters: dict) -> dict:
 def paired_differences(result: dict, path: str) -> dict:
     """Return mean and interval of this result minus that of a json file on the same clusters."""
     other, wanted = read_json(path), result["dataset_id"]
-    if not isinstance(other, dict):
-        other = {}
+    other = other if isinstance(other, dict) else {}
     mine, others = result["clusters"], other.get("clusters", {})
     count_C = list(mine["count"])
-    if other.get("dataset_id") != wanted or others["count"] != count_C:
+    if other.get("dataset_id") != wanted or others.get("count") != count_C:
         raise UserError(f"{path} is of other texts or questions than {wanted}, or counts other "
                         "tokens of the same texts: only the same can be compared")
     names = [name for name in mine if name in others and name != "count"]
@@ -121,15 +118,13 @@ def bin_scores(scores: dict, by: str) -> list:
 
 def format_bins(bins: list) -> str:
     """Lay out the bins of bin_scores, a line for each."""
-    lines = [BIN_ROW.format(**row) for row in bins]
-    return "\n".join(["  tokens  entropy  base nll  mixed nll  weight  gain", *lines])
+    head = "  tokens  entropy  base nll  mixed nll  weight  gain"
+    return "\n".join([head, *(BIN_ROW.format(**row) for row in bins)])
 
 
 class ResultsFile:
     """A jsonl file of results: `rows` by question number, each with the settings it was made with.
-
-    Every rank appends to it. Raises UserError if it was made with other settings.
-    """
+    Every rank appends to it. Raises UserError if it was made with other settings."""
     def __init__(self, path: Path, settings: dict):
         self.path, self.settings = path, settings
         self.rows = {}
@@ -137,13 +132,16 @@ class ResultsFile:
         for line in text.splitlines():
             try:
                 row = json.loads(line)
+                found, number = row["settings"], row["number"]
             except json.JSONDecodeError:           # empty, or cut by a crash
                 continue
-            found = row["settings"]
+            except (KeyError, TypeError):
+                raise UserError(f"{path} holds no results of this version: choose another "
+                                "--out") from None
             other = {name: found[name] for name in found if found[name] != settings.get(name)}
             if other:
                 raise UserError(f"{path} was made with {other}: delete it or choose another --out")
-            self.rows[row["number"]] = row
+            self.rows[number] = row
 
     def add(self, rows: list) -> None:
         """Append the results that were not in the file at the start, in a single write."""

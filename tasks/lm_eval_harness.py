@@ -7,10 +7,13 @@
 All options are those of the harness; --model_args are checkpoint and thoughts (own, shuffled,
 none). A likelihood is that of eval.py: only the scored positions think. docs/RESULTS.md shows how
 to read the questions of a task from a file instead of a download.
-
 Left out on purpose: chat templates, top_p and top_k, several processes, --batch_size=auto.
 """
 from collections import defaultdict
+from importlib.util import find_spec
+
+if not find_spec("lm_eval"):
+    raise SystemExit("error: the harness is missing: pip install lm-eval==0.4.13")
 
 from lm_eval import utils
 from lm_eval.__main__ import cli_evaluate
@@ -58,7 +61,6 @@ class QuietStarLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         """Return log p of each continuation, and whether all its tokens are the likeliest ones.
-
         A request is (anything, context ids, continuation ids). Long contexts lose their beginning.
         """
         # Requests that differ in their last token only are predicted once.

@@ -14,7 +14,6 @@ Votes are zero-shot chains of thought, in the two stages of the official evaluat
   majority           the most frequent answer is right; an answer without a number has no vote
   majority_official  the same for the first run of digits, where "no number" may win
   one_vote           the share of the votes that are right
-
 Left out on purpose: the official code's loss of the first "Q:" and its second bos at the end of a
 chain; downloads, few-shot prompts, and other tasks (tasks/lm_eval_harness.py).
 """
@@ -65,9 +64,7 @@ class Answer:
 
 def read_questions(task, path, limit=0):
     """Read a jsonl, jsonl.gz or parquet file. Raises UserError with the file and the line.
-
-    Keeps `limit` questions (0: all), the first in the order of `Dataset.shuffle(seed=42)`.
-    """
+    Keeps `limit` questions (0: all), the first in the order of `Dataset.shuffle(seed=42)`."""
     parse_row = _gsm8k if task == "gsm8k" else _commonsense_qa
     questions = []
     for number, row in read_rows(path):
@@ -130,14 +127,12 @@ def find_answer(text, tokenizer):
     digits, candidates = answer_tokens(tokenizer)
     if text.rpartition(ANSWER_MARKER)[2][1:2].isdigit():
         candidates = digits               # the space before them is free
-    scored = [i for i, token in enumerate(ids[start:])
-              if candidates is None or token in candidates]
+    scored = [i for i, token in enumerate(ids[start:]) if candidates is None or token in candidates]
     return Answer(ids, start, scored, candidates)
 
 
 def score_answer(answer, logits_SV, temperatures, task, variant):
     """Return `nll` and `soft` at each temperature and, for CommonsenseQA, `right` (0 or 1).
-
     The logits predict the S tokens from `start` on. `variant` is added to the names of the scores.
     """
     logits_SV = logits_SV.double()
@@ -245,9 +240,7 @@ def count_votes(task, gold, said):
 
 def evaluate_questions(model, tokenizer, cfg, dist, out):
     """Ask this rank's share of the questions; return the settings and the measures by question.
-
-    Each answer is a line of a jsonl beside `out`, and is not asked again.
-    """
+    Each answer is a line of a jsonl beside `out`, and is not asked again."""
     questions = read_questions(cfg.task, cfg.file, cfg.limit)
     sha256 = hashlib.sha256(Path(cfg.file).read_bytes()).hexdigest()
     dataset_id = dict(task=cfg.task, sha256=sha256, questions=len(questions))
@@ -255,9 +248,12 @@ def evaluate_questions(model, tokenizer, cfg, dist, out):
     files = sorted(find_checkpoint(cfg.checkpoint).glob("*.safetensors"))
     settings = dict(
         dataset_id=dataset_id,
-        weights=[path.stat().st_mtime_ns for path in files])
-    for name in ("thoughts", "thought_len", "votes", "seed", "temperature", "max_new_tokens"):
-        settings[name] = getattr(cfg, name)
+        weights=[path.stat().st_mtime_ns for path in files],
+        thoughts=cfg.thoughts, votes=cfg.votes,
+        thought_len=model.config.thought_len if thinks(model, cfg.thoughts) else 0)
+    if cfg.votes:                         # these decide the text
+        settings |= dict(seed=cfg.seed, temperature=cfg.temperature,
+                         max_new_tokens=cfg.max_new_tokens)
     if cfg.thoughts == "shuffled":        # a thought comes from the same batch
         settings["batch_size"] = cfg.batch_size
     # Questions of like length share a batch, the longest first.

@@ -139,3 +139,12 @@ def test_bins_run_from_the_least_to_the_greatest_and_hold_every_token(by):
         assert row["gain"] == pytest.approx(row["nll_base"] - row["nll_mixed"])
     lines = bootstrap.format_bins(rows).splitlines()
     assert len(lines) == 11 and f"{rows[9]['gain']:+.4f} [{low:+.4f}, {high:+.4f}]" in lines[10]
+
+
+@pytest.mark.parametrize("line", ['{"number": 1}', '{"question": "Q"}', "3", "[1]", "null"])
+def test_a_file_of_other_rows_is_refused_and_kept(tmp_path, line):
+    path = tmp_path / "q.jsonl"
+    path.write_text(line)
+    with pytest.raises(UserError, match="choose another --out"):
+        bootstrap.ResultsFile(path, {})
+    assert path.read_text() == line

@@ -105,3 +105,16 @@ def test_progress_tells_the_time_that_is_left(monkeypatch, capsys):
     for clock[0] in (20.0, 31.0, 40.0):
         progress(10)
     assert capsys.readouterr().err == "asking: 50% in 31 s, 31 s left\n"     # on no screen
+
+
+def test_a_single_thought_has_none_to_be_shuffled_with():
+    where_BL = torch.zeros(1, 9, dtype=torch.bool)
+    where_BL[0, 4] = True
+    with pytest.raises(config.UserError, match="batch_size"):
+        score_positions(tiny_quiet(), texts(1, 9), where_BL, thoughts="shuffled")
+
+
+def test_other_text_is_not_taken_for_the_shell_game():
+    other = SimpleNamespace(vocab_size=600, path="tokenizer.model")
+    with pytest.raises(config.UserError, match="leave the task out"):
+        shell_game.answer_positions(texts(1, 9), other)

@@ -31,8 +31,7 @@ ROW = "{share:7.1%} {threshold:12.4f} {mean:+8.4f}  [{low:+.4f}, {high:+.4f}]  {
 @dataclass(frozen=True)
 class Gate:
     """Opens where a score of the base state reaches `threshold` (nats): the entropy of the base
-    prediction or, if there is a `probe_D`, the gain that this linear probe of the state expects.
-    """
+    prediction or, if there is a `probe_D`, the gain that this linear probe of the state expects."""
     threshold: float
     probe_D: torch.Tensor | None = None
     bias: float = 0.0
@@ -57,8 +56,9 @@ def read_gate(value: str, quiet: QuietSTaR) -> Gate:
     # the end marker identifies the checkpoint; on a GPU it is rounded to bfloat16
     marker_D = quiet.end_thought.detach().float().cpu()
     try:
-        gate = Gate(found["threshold"], torch.tensor(found["probe"]), found["bias"])
+        gate = Gate(float(found["threshold"]), torch.tensor(found["probe"]), float(found["bias"]))
         fits = torch.allclose(torch.tensor(found["end_thought"]), marker_D, rtol=1e-2, atol=1e-4)
+        fits = fits and gate.probe_D.shape == marker_D.shape
     except (KeyError, TypeError, ValueError, RuntimeError):           # another file, another width
         fits = False
     if not fits:
@@ -124,6 +124,8 @@ def main():
     base_RD, gain_R, entropy_R, text_R = observe(quiet, tokenizer, cfg, "val")
     score_of = {"entropy": entropy_R, "probe": probe.score(base_RD, None).numpy()}
     tunes_R = text_R < text_R.max() / 2
+    if not tunes_R.any():
+        raise UserError(f"{cfg.data} holds one held-out text, and two are needed")
     for name, score_R in score_of.items():
         print(f"gate by {name}, {sum(~tunes_R)} held-out tokens\n{HEADER}")
         for point in curve(score_R[~tunes_R], gain_R[~tunes_R], text_R[~tunes_R], score_R[tunes_R]):

@@ -2,7 +2,6 @@
 
     stream = TextStream(tokenizer, prompt_ids, stop="\\n")
     show([stream], take_steps(generator, [stream], max_new_tokens=40), thoughts=True)
-
 Left out on purpose: a full-screen interface, and the predictions of the tokens further ahead.
 """
 import os
@@ -135,7 +134,8 @@ def show(streams: list[TextStream], steps, thoughts: bool = False) -> None:
 def _shown(token: Token, thoughts: bool) -> str:
     text, thought = _safe(token.text), printable(token.thought)
     if thoughts and not sys.stdout.isatty():
-        text = f"\n{printable(token.text.strip(' ')) or '␣':>12s}"
+        missing = "␣" if token.text else "◦"      # a space, or part of a character
+        text = f"\n{printable(token.text.strip(' ')) or missing:>12s}"
         if token.thinks:
             text += f"  {token.mixing_weight:6.2f}  {token.gain:+6.2f}  {thought}".rstrip(" ")
     elif thoughts and token.thinks:
