@@ -25,6 +25,7 @@ A true tokens, M tokens of a branch.
 """
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ from torch import nn
 from attention import GrowingContext, PackedContext
 from config import UserError
 from lm_head import chunked_cross_entropy, logits_of, sample_tokens
-from model import Mistral
+from model import CausalContext, Mistral
 
 
 @dataclass(frozen=True)
@@ -276,6 +277,25 @@ class QuietSTaR(nn.Module):
         base_BPD = gather_ahead(base_BLD, position_BP, 1)[:, :, 0]
         mixed_BNPD, weight_BNP = self.mix(base_BPD[:, None], rest_BNPmD[..., -1, :])
         return base_BPD, mixed_BNPD, weight_BNP, thought_BNPT
+
+
+class PlainObjective(nn.Module):
+    """Next-token prediction without thoughts: the control, and what pretrains a base."""
+    def __init__(self, model: Mistral):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BL, valid_BL, counts=None):
+        """The mean nll as `.loss`; its denominator is counts[0], else that of this micro-batch."""
+        n_tokens = valid_BL[:, 1:].sum() if counts is None else counts[0]
+        context = CausalContext(every_position(ids_BL, last=True))
+        hidden_BLD = self.model(ids_BL, context)
+        loss, _ = masked_cross_entropy(
+            hidden_BLD[:, :-1], self.model.head.weight, target=ids_BL[:, 1:],
+            mask=valid_BL[:, 1:], weight=1 / n_tokens.clamp(min=1))
+        nll = loss.detach()
+        metrics = {"loss": nll, "nll/base": nll}
+        return SimpleNamespace(loss=loss, metrics=lambda: metrics)
 
 
 # ------------------------------------------------------------------------------------------ helpers

@@ -17,22 +17,19 @@ import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
 
 import checkpoint
 import config
 import distributed
 from config import UserError
 from data import RNG_THOUGHTS, RNG_WEIGHTS, Batches, TokenFile, seed_of
-from model import CausalContext, Mistral, ModelConfig
+from model import Mistral, ModelConfig
 from scoring import evaluate_held_out, load_task
-from thoughts import (QuietSTaR, ThoughtConfig, base_model, denominators, every_position,
-                      masked_cross_entropy)
+from thoughts import PlainObjective, QuietSTaR, ThoughtConfig, base_model, denominators
 from tokenizer import dash_id, load_tokenizer
 from tools.one_pass import use_one_pass
 
@@ -77,25 +74,6 @@ class TrainConfig:
             raise UserError(f"--beta2={self.beta2} is not at least 0 and below 1")
         if not self.out or not self.data:
             raise UserError("--out=FOLDER and --data=FOLDER are needed (data.py makes the data)")
-
-
-class PlainObjective(nn.Module):
-    """Next-token prediction without thoughts: the control, and what pretrains a base."""
-    def __init__(self, model: Mistral):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids_BL, valid_BL, counts=None):
-        """The mean nll as `.loss`; its denominator is counts[0], else that of this micro-batch."""
-        n_tokens = valid_BL[:, 1:].sum() if counts is None else counts[0]
-        context = CausalContext(every_position(ids_BL, last=True))
-        hidden_BLD = self.model(ids_BL, context)
-        loss, _ = masked_cross_entropy(
-            hidden_BLD[:, :-1], self.model.head.weight, target=ids_BL[:, 1:],
-            mask=valid_BL[:, 1:], weight=1 / n_tokens.clamp(min=1))
-        nll = loss.detach()
-        metrics = {"loss": nll, "nll/base": nll}
-        return SimpleNamespace(loss=loss, metrics=lambda: metrics)
 
 
 def build_model(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: ThoughtConfig, tokenizer,

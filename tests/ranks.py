@@ -31,7 +31,7 @@ import config  # noqa: E402
 import distributed  # noqa: E402
 import toys  # noqa: E402
 import train as training  # noqa: E402
-from thoughts import denominators  # noqa: E402
+from thoughts import PlainObjective, denominators  # noqa: E402
 
 
 def train(*argv):
@@ -66,7 +66,7 @@ def step(strategy, grad_accum, objective, tied, recompute):
     """One training step on this rank's share of 4 texts; what was sampled, learnt and exchanged."""
     quiet = toys.tiny_quiet(model=dict(tied=tied == "tied"))
     quiet.model.recompute = int(recompute == "recompute")
-    own = quiet if objective == "quiet" else training.PlainObjective(quiet.model)
+    own = quiet if objective == "quiet" else PlainObjective(quiet.model)
     dist = distributed.init_distributed("cpu", strategy)
     wrapped, comm, thoughts = distributed.parallelize(own, dist), Exchanges(), []
     ids_BL, uniform_BNPT = toys.texts(4, 8), toys.uniforms(4, 2, 7, 3)

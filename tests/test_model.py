@@ -4,7 +4,7 @@ import torch
 
 from lm_head import chunked_cross_entropy
 from model import CausalContext, KVCache, ModelConfig, may_see, rope
-from train import PlainObjective
+from thoughts import PlainObjective
 from toys import DenseContext, texts, tiny_mistral
 
 

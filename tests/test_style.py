@@ -96,6 +96,18 @@ def test_the_book_is_commented():
     assert n_comments >= 0.05 * sum(len(lines_of(name)) for name in BOOK)
 
 
+def test_imports_run_one_way_between_folders_too():
+    waiting = defaultdict(set)
+    for name in NAMES:
+        room = name.partition("/")[0]
+        waiting[room] |= {other.partition("/")[0] for other in imports_of(name)} - {room}
+    while waiting:                    # take away the rooms that import nothing which is still there
+        ground = [room for room, others in waiting.items() if not others & waiting.keys()]
+        assert ground, dict(waiting)
+        for room in ground:
+            del waiting[room]
+
+
 @every_file
 def test_a_docstring_names_the_thing_or_says_what_the_call_does(name):
     assert ast.get_docstring(tree_of(name))

@@ -29,9 +29,8 @@ import config
 from attention import GrowingContext, aten
 from inference import Generator
 from model import Mistral, ModelConfig
-from thoughts import QuietSTaR, ThoughtConfig, every_position
+from thoughts import PlainObjective, QuietSTaR, ThoughtConfig, every_position
 from tools.one_pass import use_one_pass
-from train import PlainObjective
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = dict(dim=256, n_layers=4, n_heads=8, n_kv_heads=2, ffn_dim=704, vocab_size=8192,
