@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from config import UserError, atomic_write, read_json, read_text, rename_folder
+from config import UserError, atomic_write, file_errors, read_json, read_text, rename_folder
 from distributed import Distributed, fail_together, pick_device
 from formats.huggingface import (MARKER_SCALE, file_name, from_config, open_tensors, permute_rope,
                                  to_config)
@@ -36,6 +36,7 @@ MISTRAL_WEIGHTS = "consolidated.safetensors"
 MOMENTS = "exp_avg", "exp_avg_sq"        # AdamW's means of the gradient and of its square
 
 
+@file_errors()
 def find_checkpoint(folder: str | Path) -> Path:
     """Return `folder`, or the newest checkpoint in it if it is a run's. Raises UserError."""
     folder = Path(folder)
@@ -65,8 +66,7 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = tor
                thought_config: ThoughtConfig | None = None) -> Mistral | QuietSTaR:
     """Load a checkpoint of any layout: a QuietSTaR if its tensors or its config say so. `dtype`
     None keeps each tensor's own; `thought_config` replaces the stored settings, except
-    `marker_ids`. Raises UserError for anything that is missing, damaged or not supported.
-    """
+    `marker_ids`. Raises UserError for anything that is missing, damaged or not supported."""
     with _or_the_one_before(Path(folder)):
         path, file = _find_files(Path(folder))
         shape, stored_config = read_config(folder)
@@ -169,8 +169,7 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
                tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Write `model` in our layout, and `tokenizer` beside it. Raises UserError if it cannot.
     `dtype` None keeps each tensor's own, `shard_bytes` bounds a file, `tensors` by name replace the
-    parameters. A killed save leaves no config.json, hence nothing that looks like a checkpoint.
-    """
+    parameters. A killed save leaves no config.json, hence nothing that looks like a checkpoint."""
     folder, base = Path(folder), base_model(model)
     thoughts = None if model is base else model.config
     given = to_config(base.config, thoughts, dtype or base.embed.weight.dtype)

@@ -76,10 +76,10 @@ def check_at_least(settings, **least) -> None:
 
 
 def run(main) -> None:
-    """Call `main`. Bad input becomes one line on stderr and exit status 2."""
+    """Call `main`. A UserError becomes one line on stderr and exit status 2."""
     try:
         main()
-    except (UserError, OSError) as error:          # OSError: a disk, a folder, a permission
+    except UserError as error:
         line = " ".join(str(error).split())
         print("error: " + printable(line), file=sys.stderr)
         sys.exit(2)
@@ -150,6 +150,15 @@ def read_json(path: str | Path):
         return json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): download it again") from None
+
+
+@contextmanager
+def file_errors():
+    """Turn an error of the operating system, like a permission or a full disk, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(str(error)) from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from config import UserError, atomic_write, parse, read_json, run
+from config import UserError, atomic_write, file_errors, parse, read_json, run
 from tokenizer import load_tokenizer
 
 # Random numbers come from generators keyed by (seed, purpose, ...), so there is no state to save.
@@ -134,6 +134,7 @@ class TokenFile:
         """Return the tokens of document i."""
         return self.read(*self.offsets[i:i + 2].tolist())
 
+    @file_errors()
     def read(self, start, end):
         """Return tokens start to end - 1, int64. Raises UserError for an id of no token."""
         offset = start * self.dtype.itemsize

@@ -170,7 +170,7 @@ def fail_together(dist: Distributed):
     error = None
     try:
         yield
-    except (UserError, OSError) as caught:
+    except UserError as caught:
         error = caught
     failed = all_gather_ints([error is not None], dist).flatten()
     if failed.any():

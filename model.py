@@ -102,8 +102,7 @@ class KVCache:
 class CausalContext:
     """Every token of a text attends to itself and to the tokens before it, within the window.
     Without a cache the pass holds the whole text. With one, each token is first written at its own
-    position, which may differ by row; only the first `n_slots` slots of the cache are then read.
-    """
+    position, which may differ by row; only the first `n_slots` slots of the cache are then read."""
     def __init__(self, position_BS, cache: KVCache | None = None, n_slots: int | None = None):
         self.position_BS, self.cache, self.n_slots = position_BS, cache, n_slots
 

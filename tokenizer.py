@@ -16,7 +16,7 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from config import UserError, atomic_write
+from config import UserError, atomic_write, file_errors
 
 START_THOUGHT, END_THOUGHT = "<|startthought|>", "<|endthought|>"
 TOKENIZER_FILES = "tokenizer.model tokenizer.model.v3 tekken.json tokenizer.json words.json".split()
@@ -27,8 +27,7 @@ _ONE_DIGIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s
 class Tokenizer:
     """Base class. `encode` makes ids below `vocab_size`; `bos` and `eos` are ids or None. `pieces`
     has the bytes of each id, then of the two markers of a thought. `load_tokenizer` adds `path` and
-    `sha256`, a subclass `name`, the usual one of its file, and `_encode(text) -> ids`.
-    """
+    `sha256`, a subclass `name`, the usual one of its file, and `_encode(text) -> ids`."""
     sample = "  a " + "".join(map(chr, range(32, 127))) + "\n\tb"     # text that must survive
 
     def __init__(self, pieces, bos, eos, space_first=False):
@@ -61,8 +60,7 @@ class Tokenizer:
 class Stream:
     """Decode ids as they come: all that `push` and then `flush` return, joined, is the text. The
     bytes of an unfinished character wait for the rest. To continue a prompt, push its ids first and
-    drop the result: only at the very beginning is a space no part of the text.
-    """
+    drop the result: only at the very beginning is a space no part of the text."""
     def __init__(self, tokenizer):
         self.pieces = tokenizer.pieces
         self.space_first = tokenizer.space_first
@@ -156,6 +154,7 @@ def has_tokenizer(folder) -> bool:
     return any(Path(folder, name).exists() for name in TOKENIZER_FILES)
 
 
+@file_errors()
 def load_tokenizer(path) -> Tokenizer:
     """Load a file, or the first of a folder. Raises UserError if it is damaged or loses text."""
     in_folder = [Path(path, name) for name in TOKENIZER_FILES]

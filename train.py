@@ -125,8 +125,7 @@ def lr_at(step, cfg: TrainConfig):
 def thought_randoms(cfg: TrainConfig, thought_cfg: ThoughtConfig, step: int, rows):
     """Random numbers for the thoughts of each text, keyed by (seed, step, row), so that any number
     of ranks or micro-batches draws the same: `uniform_BNPT`, which decides the sampled tokens, and
-    `position_BP`, the positions that think if not all do.
-    """
+    `position_BP`, the positions that think if not all do."""
     n_positions = math.ceil(cfg.think_share * (cfg.seq_len - 1))
     shape = (thought_cfg.n_thoughts, n_positions, thought_cfg.thought_len)
     randoms = {"uniform_BNPT": []}
@@ -139,6 +138,7 @@ def thought_randoms(cfg: TrainConfig, thought_cfg: ThoughtConfig, step: int, row
     return {name: torch.from_numpy(np.stack(values)) for name, values in randoms.items()}
 
 
+@config.file_errors()
 def configure():
     """Read the command line, with the settings of the checkpoint that is continued as defaults.
     Returns the three configs, and the state of the run to resume, or None."""
@@ -182,7 +182,9 @@ COLUMNS = {                           # how the screen shows a name of the log
 
 class RunLog:
     """log.jsonl, a row a step under stable names; the same on the screen about once a second."""
+    @config.file_errors()
     def __init__(self, out, step, is_main):
+        out.mkdir(parents=True, exist_ok=True)
         self.path, self.is_main, self.printed = out / "log.jsonl", is_main, 0.0
         if is_main and self.path.is_file():
             # a resumed run drops what its checkpoint does not hold; a row of a step says step + 1
@@ -196,6 +198,7 @@ class RunLog:
             with config.atomic_write(self.path) as temporary:
                 temporary.write_text(text)
 
+    @config.file_errors()
     def row(self, step, steps, values, always=False):
         if not self.is_main:
             return
@@ -261,7 +264,6 @@ def main():
         checkpoint.load_optimizer(resumed, state, model, optimizer, dist)
         if dist.is_main:
             print(f"going on from {resumed}", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
     log = RunLog(out, step, dist.is_main)
     saved_at = step if state else -1
     autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

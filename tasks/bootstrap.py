@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, read_json, read_text
+from config import UserError, file_errors, read_json, read_text
 
 TEMPERATURES = 2.0 ** (np.arange(-12, 9) / 4)      # 1/8 to 4
 UNSCALED = 12                                      # index of temperature 1
@@ -36,8 +36,7 @@ def bootstrap_ci(total_C, count_C) -> dict:
 def temperature_scaled(value_RK, cluster_R, least: bool):
     """Return value_R of the base model after temperature scaling, and the two temperatures.
     A gain from thinking may be mere sharpening. value_RK has a column for each of TEMPERATURES.
-    Even clusters take the best one of the odd clusters and vice versa. `least`: lower is better.
-    """
+    Even clusters take the best one of the odd clusters and vice versa. `least`: lower is better."""
     value_R = value_RK[:, UNSCALED].copy()
     loss_RK = value_RK if least else -value_RK
     temperatures = []
@@ -132,7 +131,8 @@ class ResultsFile:
         for line in text.splitlines():
             try:
                 row = json.loads(line)
-                found, number = row["settings"], row["number"]
+                self.rows[row["number"]] = row
+                found = row["settings"]
             except json.JSONDecodeError:           # empty, or cut by a crash
                 continue
             except (KeyError, TypeError):
@@ -141,15 +141,12 @@ class ResultsFile:
             other = {name: found[name] for name in found if found[name] != settings.get(name)}
             if other:
                 raise UserError(f"{path} was made with {other}: delete it or choose another --out")
-            self.rows[number] = row
 
     def add(self, rows: list) -> None:
         """Append the results that were not in the file at the start, in a single write."""
         new = [row | {"settings": self.settings} for row in rows if row["number"] not in self.rows]
         text = "\n".join(["", *map(json.dumps, new), ""])   # "": a crash may have cut a line
-        try:
+        with file_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab", buffering=0) as file:
                 file.write(text.encode())
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error

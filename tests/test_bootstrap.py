@@ -120,7 +120,7 @@ def test_a_results_file_keeps_whole_lines_and_refuses_those_of_other_settings(tm
     assert [row["said"] for row in third.rows.values()] == ["a\nb\u2028", "c", "d"]
     with pytest.raises(UserError, match="made with {'votes': 3}: delete it"):
         bootstrap.ResultsFile(path, dict(settings, votes=4))
-    with pytest.raises(UserError, match="cannot write .*: Is a directory"):
+    with pytest.raises(UserError, match="Is a directory: .*new"):
         bootstrap.ResultsFile(tmp_path / "new", settings).add([dict(number=1)])
 
 

@@ -147,7 +147,7 @@ def test_every_script_ends_a_mistake_in_one_line_and_status_2(script, monkeypatc
 
 def test_trouble_with_a_file_is_one_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
-        config.run(lambda: open(tmp_path / ("long" * 100)))
+        config.run(config.file_errors()(lambda: open(tmp_path / ("long" * 100))))
     out, err = capsys.readouterr()
     assert end.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
     assert "long" in err and not out

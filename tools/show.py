@@ -36,8 +36,7 @@ class Token:
 class TextStream:
     """One text as it grows: `prompt`, and `tokens`, the later ones whose text is decided. Half a
     character and a possible beginning of the stop string wait until more is known. Neither the stop
-    string nor the end-of-text token is part of the text.
-    """
+    string nor the end-of-text token is part of the text."""
     def __init__(self, tokenizer, prompt_ids, stop: str = ""):
         self.tokenizer, self.decoder = tokenizer, tokenizer.stream()
         self.stop, self.ended = stop, False
@@ -111,8 +110,7 @@ def _likeliest(logp_V, tokenizer) -> tuple:
 def show(streams: list[TextStream], steps, thoughts: bool = False) -> None:
     """Write texts to standard output: the first as it grows, each other once the last has ended.
     With thoughts, a pipe gets a line per token. In a terminal the text flows, and a thought stands
-    before its token: green if it helped, yellow if it hurt, dim if it hardly mattered.
-    """
+    before its token: green if it helped, yellow if it hurt, dim if it hardly mattered."""
     if thoughts:
         print(_styled(NOTE, "2"))
     for number, stream in enumerate(streams, 1):
