@@ -95,6 +95,16 @@ def sample_tokens(hidden_RD, head_VD, uniform_R=None, masked_ids=()):
     return token_R, nll_R
 
 
+@torch.no_grad()
+def entropy_of(hidden_RD, head_VD):
+    """The entropy of each row's prediction (nats), [R]."""
+    found = []
+    for rows in hidden_RD.split(chunk_rows(head_VD)):
+        p_RV = logits_of(rows, head_VD).softmax(dim=-1)
+        found.append(torch.special.entr(p_RV).sum(dim=-1))
+    return torch.cat(found)
+
+
 def invert_cdf(p_RV, uniform_R):
     """The column of each row whose share of the cumulative sum holds `uniform_R` times the total;
     never one of probability 0."""

@@ -32,7 +32,7 @@ from torch import nn
 
 from attention import GrowingContext, PackedContext
 from config import UserError
-from lm_head import chunked_cross_entropy, logits_of, sample_tokens
+from lm_head import chunked_cross_entropy, entropy_of, logits_of, sample_tokens
 from model import CausalContext, Mistral
 
 
@@ -114,7 +114,7 @@ class QuietSTaR(nn.Module):
         return self
 
     def forward(self, ids_BL, valid_BL, position_BP=None, uniform_BNPT=None, thought_BNPT=None,
-                counts=None) -> Losses:
+                counts=None, n_uncertain=None) -> Losses:
         """The training objective of one micro-batch.
 
         valid_BL      which tokens are text; the others are padding
@@ -122,8 +122,11 @@ class QuietSTaR(nn.Module):
         uniform_BNPT  numbers in [0, 1) that decide the sampled tokens; default: argmax
         thought_BNPT  thoughts to use instead of sampling
         counts        `denominators` of the whole step; default: of this micro-batch
+        n_uncertain   think at so many positions of each text, where the base is least certain
         """
         cfg, head_VD = self.config, self.model.head.weight
+        if n_uncertain:
+            position_BP = self.uncertain_positions(ids_BL, valid_BL, n_uncertain)
         all_positions = position_BP is None
         if all_positions:
             position_BP = every_position(ids_BL)
@@ -172,6 +175,17 @@ class QuietSTaR(nn.Module):
             mixing_weight_BNPA=mixing_weight_BNPA.detach(), thought_BNPT=thought_BNPT,
             thought_nll_BNP=thought_nll_BNP, target_mask_BPA=target_mask_BPA,
             policy_mask_BP=policy_mask_BP, denominators=counts)
+
+    @torch.no_grad()
+    def uncertain_positions(self, ids_BL, valid_BL, n: int):
+        """The n positions of each text, rising, whose base prediction has the highest entropy,
+        [B, n]; those without a next token come last."""
+        hidden_BLD = self.model(ids_BL, CausalContext(every_position(ids_BL, last=True)))
+        has_next_BP = valid_BL[:, 1:]
+        entropy_R = entropy_of(hidden_BLD[:, :-1].flatten(0, 1), self.model.head.weight)
+        entropy_BP = entropy_R.view(has_next_BP.shape).masked_fill(~has_next_BP, -1)
+        highest_first_BP = entropy_BP.argsort(dim=1, descending=True, stable=True)
+        return highest_first_BP[:, :n].sort(dim=1).values
 
     def sample_and_read(self, ids_BL, position_BP, uniform_BNPT, thought_BNPT, all_positions: bool):
         """Steps 1 and 2: final hidden states of the text [B, L, D] and of the branches
@@ -306,7 +320,8 @@ def denominators(valid_BL, config: ThoughtConfig, n_positions: int | None = None
     A step adds these up over its micro-batches and ranks first, so that each average has one
     denominator. Positions 0 .. L-1-A have A true tokens; like the official code, REINFORCE skips
     the last of them and divides by a count that includes padding. If only `n_positions` of the L-1
-    think, drawn at random, the counts shrink by that share.
+    think, the counts shrink by that share: random positions estimate the averages over all, and
+    uncertain ones give averages over the hardest tokens, another objective than the paper's.
     """
     L = valid_BL.shape[1]
     position_BP = every_position(valid_BL)

@@ -54,7 +54,8 @@ class TrainConfig:
     weight_decay: float = 0.001       # AdamW weight decay of matrices (official code: 0.001)
     beta2: float = 0.999              # AdamW decay rate of the second moment
     grad_clip: float = 1.0            # largest norm of the whole gradient (official code: 1)
-    think_share: float = 1.0          # share of positions, drawn at random, that think at each step
+    positions: Literal["all", "random", "uncertain"] = "all"  # that think: uncertain, by entropy
+    think_share: float = 1.0          # share of the positions, if they are not all
     recompute: int = 0                # activation checkpointing of every n-th block; 0 none, 1 all
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of the matrix products
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
@@ -70,10 +71,18 @@ class TrainConfig:
                               eval_texts=1, save_every=1, recompute=0, lr=0, seed=0)
         if not 0 < self.think_share <= 1:
             raise UserError(f"--think_share={self.think_share} is not above 0 and at most 1")
+        if self.positions == "all" and self.think_share < 1:
+            raise UserError(f"--think_share={self.think_share} of which positions? Choose "
+                            "--positions=random or uncertain")
         if not 0 <= self.beta2 < 1:
             raise UserError(f"--beta2={self.beta2} is not at least 0 and below 1")
         if not self.out or not self.data:
             raise UserError("--out=FOLDER and --data=FOLDER are needed (data.py makes the data)")
+
+    @property
+    def n_positions(self) -> int:
+        """The number of positions of a text that think."""
+        return math.ceil(self.think_share * (self.seq_len - 1))
 
 
 def build_model(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: ThoughtConfig, tokenizer,
@@ -125,15 +134,14 @@ def lr_at(step, cfg: TrainConfig):
 def thought_randoms(cfg: TrainConfig, thought_cfg: ThoughtConfig, step: int, rows):
     """Random numbers for the thoughts of each text, keyed by (seed, step, row), so that any number
     of ranks or micro-batches draws the same: `uniform_BNPT`, which decides the sampled tokens, and
-    `position_BP`, the positions that think if not all do."""
-    n_positions = math.ceil(cfg.think_share * (cfg.seq_len - 1))
-    shape = (thought_cfg.n_thoughts, n_positions, thought_cfg.thought_len)
+    `position_BP`, the positions that think if they are random."""
+    shape = (thought_cfg.n_thoughts, cfg.n_positions, thought_cfg.thought_len)
     randoms = {"uniform_BNPT": []}
     for row in rows:
         rng = np.random.default_rng([cfg.seed, RNG_THOUGHTS, step, row])
         randoms["uniform_BNPT"].append(rng.random(shape, dtype=np.float32))
-        if cfg.think_share < 1:
-            chosen = rng.permutation(cfg.seq_len - 1)[:n_positions]
+        if cfg.positions == "random" and cfg.n_positions < cfg.seq_len - 1:
+            chosen = rng.permutation(cfg.seq_len - 1)[:cfg.n_positions]
             randoms.setdefault("position_BP", []).append(np.sort(chosen))
     return {name: torch.from_numpy(np.stack(values)) for name, values in randoms.items()}
 
@@ -267,7 +275,6 @@ def main():
     log = RunLog(out, step, dist.is_main)
     saved_at = step if state else -1
     autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    n_positions = math.ceil(cfg.think_share * (cfg.seq_len - 1))
 
     # loop
     while True:
@@ -292,7 +299,7 @@ def main():
         # step: the texts of this rank, their random numbers, and the denominators of all ranks
         started = time.perf_counter()
         texts = [batches.batch(step, r) for r in rows]
-        counts = sum(denominators(valid_BL, thought_cfg, n_positions) for _, valid_BL in texts)
+        counts = sum(denominators(valid_BL, thought_cfg, cfg.n_positions) for _, valid_BL in texts)
         counts = distributed.all_reduce_sum(counts.to(dist.device))
         lr = lr_at(step, cfg)
         for group in optimizer.param_groups:
@@ -303,6 +310,8 @@ def main():
             inputs = thought_randoms(cfg, thought_cfg, step, rows[i]) if is_quiet else {}
             inputs |= dict(ids_BL=ids_BL, valid_BL=valid_BL, counts=counts)
             inputs = {name: tensor.to(dist.device) for name, tensor in inputs.items()}
+            if is_quiet and cfg.positions == "uncertain" and cfg.n_positions < cfg.seq_len - 1:
+                inputs["n_uncertain"] = cfg.n_positions
             # gradients are exchanged once a step, after the last micro-batch
             distributed.set_gradient_sync(wrapped, dist, i == len(texts) - 1)
             with autocast:

@@ -145,12 +145,22 @@ def test_thoughts_depend_on_seed_step_and_row_alone():
 
 
 def test_a_share_of_the_positions_thinks_chosen_anew_at_every_step(call, game, tmp_path):
-    cfg = train.TrainConfig(out="x", data="x", seq_len=11, think_share=0.25)
+    cfg = train.TrainConfig(out="x", data="x", seq_len=11, positions="random", think_share=0.25)
     draws = train.thought_randoms(cfg, train.ThoughtConfig(thought_len=2), 7, range(50))
     position_BP = draws["position_BP"]
     assert position_BP.shape == (50, 3) and (position_BP.diff(dim=1) > 0).all()
     assert set(position_BP.flatten().tolist()) == set(range(10))
-    assert call(train, *toy(game, tmp_path / "run", "--think_share=0.5"))[0] == 0
+    for positions in ("random", "uncertain"):
+        options = f"--positions={positions}", "--think_share=0.5"
+        assert call(train, *toy(game, tmp_path / positions, *options))[0] == 0
+
+
+def test_with_every_position_chosen_all_three_ways_learn_the_same_bit_for_bit(
+        call, game, whole_run, tmp_path):
+    for positions in ("random", "uncertain"):
+        assert call(train, *toy(game, tmp_path / positions, f"--positions={positions}"))[0] == 0
+        assert_same_weights(tmp_path / positions, whole_run)
+        assert rows(tmp_path / positions) == rows(whole_run)
 
 
 def test_activation_checkpointing_learns_the_same(call, game, whole_run, tmp_path):
@@ -303,6 +313,7 @@ def test_checkpoints_are_a_runs_own_in_the_order_of_their_steps(tmp_path):
     (["--init_from=resume"], "nothing to resume"),
     (["--n_kv_heads=3"], "n_heads=2 is not a multiple of n_kv_heads=3"),
     (["--vocab_size=7"], "has 20 tokens, model embeds 7"),
+    (["--think_share=0.5"], "--think_share=0.5 of which positions? Choose --positions=random or"),
     (["--think_share=0"], "--think_share=0.0 is not above 0 and at most 1"),
     (["--thought_len=-1"], "thought_len=-1 is below 0"),
     (["--device=tpu"], "--device: 'tpu' is not one of auto, cpu, cuda")])
