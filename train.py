@@ -31,7 +31,7 @@ from model import Mistral, ModelConfig
 from scoring import evaluate_held_out, load_task
 from thoughts import PlainObjective, QuietSTaR, ThoughtConfig, base_model, denominators
 from tokenizer import dash_id, load_tokenizer
-from tools.one_pass import use_one_pass
+from tools.one_pass import MANY, use_one_pass
 
 
 @dataclass(frozen=True)
@@ -257,8 +257,10 @@ def main():
     facts = {"step": step, "tokenizer": tokenizer.sha256}
     facts |= {f"--{name}": value for name, value in settings.items()}
     distributed.check_same_on_all_ranks(facts, dist)
-    # one pass is faster, but wrong where a block runs twice, and fsdp would exchange each pass
-    if is_quiet and not cfg.recompute and dist.strategy != "fsdp":
+    # one pass is faster for many thoughts, but wrong where a block runs twice, and fsdp would
+    # exchange each pass
+    n_thoughts = len(rows[0]) * cfg.n_positions * thought_cfg.n_thoughts
+    if is_quiet and n_thoughts >= MANY and not cfg.recompute and dist.strategy != "fsdp":
         use_one_pass(model)
     objective = model if is_quiet else PlainObjective(model)
     dtype = getattr(torch, cfg.dtype)
