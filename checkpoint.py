@@ -2,6 +2,7 @@
 
     model = load_model("Mistral-7B-v0.1", dtype=torch.bfloat16)    # a Mistral, or a QuietSTaR
     save_model(model, "copy", tokenizer=load_tokenizer("Mistral-7B-v0.1"))
+    python checkpoint.py --convert=model.gguf --out=FOLDER         # any layout to ours
 
     out/run/latest         names the last checkpoint; the one before is kept too
     out/run/step-000100/   config.json, model.safetensors, tokenizer; to resume, state.json and
@@ -14,8 +15,9 @@ import json
 import shutil
 import warnings
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import torch
@@ -23,13 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+import config
 from config import UserError, atomic_write, file_errors, read_json, read_text, rename_folder
 from distributed import Distributed, fail_together, pick_device
+from formats.gguf import gguf_config, gguf_tensors
 from formats.huggingface import (MARKER_SCALE, file_name, from_config, open_tensors, permute_rope,
                                  to_config)
 from model import Mistral, ModelConfig
 from thoughts import QuietSTaR, ThoughtConfig, base_model
-from tokenizer import has_tokenizer, load_tokenizer
+from tokenizer import has_tokenizer, is_gguf, load_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MISTRAL_WEIGHTS = "consolidated.safetensors"
@@ -38,8 +42,11 @@ MOMENTS = "exp_avg", "exp_avg_sq"        # AdamW's means of the gradient and of 
 
 @file_errors()
 def find_checkpoint(folder: str | Path) -> Path:
-    """Return `folder`, or the newest checkpoint in it if it is a run's. Raises UserError."""
+    """Return `folder`, or the newest checkpoint in it if it is a run's; or a GGUF file itself.
+    Raises UserError."""
     folder = Path(folder)
+    if is_gguf(folder) and folder.is_file():
+        return folder
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: name a folder that holds a checkpoint")
     if not (folder / "latest").is_file():
@@ -59,6 +66,8 @@ def last_good(out: Path) -> Path | str:
 def read_config(folder: str | Path) -> tuple[ModelConfig, ThoughtConfig | None]:
     """Return a checkpoint's architecture, and the settings of its `quiet_star` section if any."""
     path, _ = _find_files(Path(folder))
+    if is_gguf(path):
+        return from_config(gguf_config(path), path)
     return from_config(read_json(path), path)
 
 
@@ -70,7 +79,7 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = tor
     with _or_the_one_before(Path(folder)):
         path, file = _find_files(Path(folder))
         shape, stored_config = read_config(folder)
-        tensors = open_tensors(file)
+        tensors = gguf_tensors(file) if is_gguf(file) else open_tensors(file)
     layout = "mistral" if path.name == "params.json" else "ours"
     if "start_embedding" in tensors:              # its markers own the vocabulary's last two rows
         layout, V = "official", shape.vocab_size
@@ -110,7 +119,7 @@ def check_tokenizer(folder: str | Path, shape: ModelConfig, tokenizer) -> None:
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, model "
                         f"embeds {shape.vocab_size}: it belongs to another model than {folder}")
-    if not Path(folder).is_dir() or not has_tokenizer(find_checkpoint(folder)):
+    if not Path(folder).exists() or not has_tokenizer(find_checkpoint(folder)):
         return
     own = load_tokenizer(find_checkpoint(folder))
     if own.sha256 != tokenizer.sha256:
@@ -133,6 +142,8 @@ def _checkpoints(out: Path) -> list[Path]:
 
 def _find_files(folder: Path) -> tuple[Path, Path]:
     """Return the paths of the config and of the weights or their index; Hugging Face's first."""
+    if is_gguf(folder):
+        return folder, folder
     for config_name, name in (("config.json", INDEX), ("config.json", WEIGHTS),
                               ("params.json", MISTRAL_WEIGHTS)):
         if (folder / config_name).exists() and (folder / name).exists():
@@ -308,3 +319,24 @@ def _transfer_moments(model, optimizer, step: int, folder: Path, dist: Distribut
     except dcp.CheckpointException as found:          # it is a BaseException
         error, _ = next(iter(found.failures.values()))
         raise UserError(f"{folder}: {type(error).__name__}: {error}") from None
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    convert: str = ""                 # checkpoint of any layout: a folder, or a GGUF file
+    out: str = ""                     # empty folder to write it to, in our layout
+    dtype: Literal["as_stored", "float32", "bfloat16", "float16"] = "as_stored"  # of the weights
+
+
+def main():
+    (cfg,) = config.parse(ConvertConfig)
+    if not cfg.convert or not cfg.out:
+        raise UserError("--convert=CHECKPOINT and --out=FOLDER are needed")
+    source, dtype = find_checkpoint(cfg.convert), getattr(torch, cfg.dtype, None)
+    tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+    save_model(load_model(source, dtype=dtype), cfg.out, tokenizer=tokenizer)
+    print(f"wrote {cfg.out}")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -17,6 +17,7 @@ import sentencepiece
 import tiktoken
 
 from config import UserError, atomic_write, file_errors
+from formats.gguf import gguf_tokenizer
 
 START_THOUGHT, END_THOUGHT = "<|startthought|>", "<|endthought|>"
 TOKENIZER_FILES = "tokenizer.model tokenizer.model.v3 tekken.json tokenizer.json words.json".split()
@@ -26,8 +27,9 @@ _ONE_DIGIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s
 
 class Tokenizer:
     """Base class. `encode` makes ids below `vocab_size`; `bos` and `eos` are ids or None. `pieces`
-    has the bytes of each id, then of the two markers of a thought. `load_tokenizer` adds `path` and
-    `sha256`, a subclass `name`, the usual one of its file, and `_encode(text) -> ids`."""
+    has the bytes of each id, then of the two markers of a thought. `load_tokenizer` adds `path`,
+    `content`, `sha256`, a subclass `name`, the usual one of its file, and `_encode(text) -> ids`.
+    """
     sample = "  a " + "".join(map(chr, range(32, 127))) + "\n\tb"     # text that must survive
 
     def __init__(self, pieces, bos, eos, space_first=False):
@@ -52,9 +54,9 @@ class Tokenizer:
         return Stream(self)
 
     def copy_to(self, folder):
-        """Copy the file into `folder`, under a name that `load_tokenizer` finds there."""
+        """Write the file into `folder`, under a name that `load_tokenizer` finds there."""
         with atomic_write(Path(folder, self.name)) as temporary:
-            temporary.write_bytes(Path(self.path).read_bytes())
+            temporary.write_bytes(self.content)
 
 
 class Stream:
@@ -149,20 +151,40 @@ class WordTokenizer(Tokenizer):
             raise UserError(f"{word} is not one of {known}") from None
 
 
-def has_tokenizer(folder) -> bool:
-    """Return True if the folder holds a tokenizer of a known name."""
-    return any(Path(folder, name).exists() for name in TOKENIZER_FILES)
+def has_tokenizer(path) -> bool:
+    """Return True if a folder holds a tokenizer of a known name, or for a GGUF file."""
+    return is_gguf(path) or any(Path(path, name).exists() for name in TOKENIZER_FILES)
+
+
+def is_gguf(path) -> bool:
+    """Return True for the name of a GGUF file, which holds weights and tokenizer."""
+    return Path(path).suffix == ".gguf"
+
+
+def _read_file(path: Path) -> tuple[Path, bytes]:
+    """Return the path and the content of a tokenizer's file, the first of a folder. A vocabulary
+    in a GGUF file is written as tokenizer.json; if it is not byte-level, one beside it serves."""
+    if is_gguf(path):
+        spec = gguf_tokenizer(path)
+        if spec:
+            return path, json.dumps(spec).encode()
+        if not has_tokenizer(path.parent):
+            raise UserError(f"{path}: its vocabulary is not of a known byte-level kind: put the "
+                            f"model's {' or '.join(TOKENIZER_FILES[:4])} beside it")
+        path = path.parent
+    in_folder = [path / name for name in TOKENIZER_FILES]
+    path = next(filter(Path.exists, in_folder), path)
+    return path, path.read_bytes()
 
 
 @file_errors()
 def load_tokenizer(path) -> Tokenizer:
     """Load a file, or the first of a folder. Raises UserError if it is damaged or loses text."""
-    in_folder = [Path(path, name) for name in TOKENIZER_FILES]
-    path = next(filter(Path.exists, in_folder), Path(path))
+    path = Path(path)
     try:
-        content = path.read_bytes()
+        path, content = _read_file(path)
         kind, spec = SentencePieceTokenizer, content
-        if path.suffix == ".json":
+        if path.suffix in (".json", ".gguf"):
             spec = json.loads(content)
             kind = WordTokenizer if "words" in spec else TiktokenTokenizer
         tokenizer = kind(spec)
@@ -175,7 +197,7 @@ def load_tokenizer(path) -> Tokenizer:
         raise UserError(f"{path} is no tokenizer of a known kind ({error}): download it again if "
                         "it is truncated or a git-lfs pointer, or else another of the model's "
                         f"{', '.join(TOKENIZER_FILES[:4])}") from None
-    tokenizer.path = str(path)
+    tokenizer.path, tokenizer.content = str(path), content
     tokenizer.sha256 = hashlib.sha256(content).hexdigest()
     return tokenizer
 

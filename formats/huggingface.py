@@ -81,7 +81,7 @@ def permute_rope(tensor, name: str, config: ModelConfig):
 def from_config(given: dict, path: Path) -> tuple[ModelConfig, ThoughtConfig | None]:
     """Read a params.json, or a config.json of transformers 4 or 5, and its `quiet_star` section.
     Raises UserError for an architecture that is not supported."""
-    is_hf = path.name == "config.json"
+    is_hf = path.name != "params.json"
     known = FAMILIES if is_hf else ("transformer", None)
     classes = given.get("architectures") or ()
     named = [name.removesuffix("ForCausalLM").lower() for name in classes]

@@ -10,7 +10,7 @@ torch.set_num_threads(1)              # two threads on a busy machine can be slo
 os.environ["OMP_NUM_THREADS"] = "1"   # and sums in another order: no longer the same bit for bit
 
 # Not part of `make test`: they need another library, a browser, several processes, or minutes.
-SLOW_FILES = ("test_distributed.py", "test_figures.py", "test_layouts.py",
+SLOW_FILES = ("test_distributed.py", "test_figures.py", "test_gguf.py", "test_layouts.py",
               "test_lm_eval_harness.py", "test_page.py", "test_qa.py")
 
 
