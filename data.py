@@ -83,6 +83,11 @@ def train_tokenizer(texts, vocab_size):
     return content.getvalue()
 
 
+def is_held_out(key: str, val_share: float) -> bool:
+    """Choose the split by a hash of the key, so that no key is ever in both."""
+    return int(hashlib.sha256(key.encode()).hexdigest(), 16) / 2**256 < val_share
+
+
 def prepare(texts, tokenizer, out, val_share, sources, split_key=str):
     """Write documents as bos + tokens + eos, where the tokenizer has these; return the meta."""
     out = Path(out)
@@ -93,9 +98,8 @@ def prepare(texts, tokenizer, out, val_share, sources, split_key=str):
           open(train, "wb") as train_file, open(val, "wb") as val_file):
         for text in filter(str.strip, texts):
             ids = tokenizer.encode(text, bos=True) + end
-            # a hash chooses the split, so no text is ever in both
-            hashed = int(hashlib.sha256(split_key(text).encode()).hexdigest(), 16) / 2**256
-            split, file = ("val", val_file) if hashed < val_share else ("train", train_file)
+            held_out = is_held_out(split_key(text), val_share)
+            split, file = ("val", val_file) if held_out else ("train", train_file)
             file.write(np.array(ids, dtype))
             lengths[split].append(len(ids))
         (out / "meta.json").unlink(missing_ok=True)             # the files it describes go now

@@ -24,11 +24,12 @@ from checkpoint import find_checkpoint, load_for_inference
 from config import UserError
 from data import TokenFile
 from distributed import Distributed, cleanup, init_distributed
-from scoring import load_task, score_texts, thinks
+from scoring import ReasonsAloud, load_task, score_texts, thinks
 from tasks.bootstrap import (TEMPERATURES, bin_scores, format_bins, format_cell, format_table,
                              paired_differences, summary, temperature_scaled)
 from tasks.qa import CONCLUSION, evaluate_questions
-from tokenizer import load_tokenizer
+from thoughts import base_model
+from tokenizer import dash_id, load_tokenizer
 
 MEASURES = ("nll_base", "nll_mixed", "right_base", "right_mixed", "mixing_weight")
 BINNED = {"difficulty": "nll_base", "by_entropy": "entropy_base", "by_weight": "mixing_weight"}
@@ -48,7 +49,7 @@ class EvalConfig:
     temperature: float = 0.9              # temperature of the votes' tokens (official code: 0.9)
     max_new_tokens: int = 384             # tokens of a chain of thought (official code: 384)
     seed: int = 0                         # seed of the votes
-    thoughts: Literal["own", "shuffled", "none"] = "own"  # whose thought stands at a position
+    thoughts: Literal["own", "shuffled", "none", "aloud"] = "own"  # see scoring.py
     thought_len: int | None = None        # tokens of a thought; default: as trained
     batch_size: int = 16                  # texts in a batch
     against: str = ""                     # json of another run on the same text, to compare with
@@ -64,6 +65,8 @@ class EvalConfig:
                             "commonsense_qa, --file=FILE")
         if self.votes and self.thoughts == "shuffled":
             raise UserError("--votes with --thoughts=shuffled: new text has no others to take")
+        if self.thoughts == "aloud" and (self.asks_questions or not self.thought_len):
+            raise UserError("--thoughts=aloud needs --thought_len=TOKENS, and text (--data)")
         if self.against and not Path(self.against).is_file():
             raise UserError(f"--against={self.against} is not there: name the json of another run")
         config.check_at_least(self, texts=1, seq_len=2, limit=0, votes=0, temperature=0,
@@ -133,7 +136,9 @@ def main():
     dist = init_distributed(cfg.device)
     tokenizer = load_tokenizer(cfg.data or find_checkpoint(cfg.checkpoint))
     model = load_for_inference(cfg.checkpoint, cfg.device, tokenizer)
-    if cfg.thought_len is not None:
+    if cfg.thoughts == "aloud":
+        model = ReasonsAloud(base_model(model), cfg.thought_len, dash_id(tokenizer))
+    elif cfg.thought_len is not None:
         if not thinks(model):
             raise UserError(f"--thought_len={cfg.thought_len}: {cfg.checkpoint} does not think")
         model.config = replace(model.config, thought_len=cfg.thought_len)

@@ -1,9 +1,11 @@
 """Score given text: the prediction at chosen positions, without a thought and after one.
 
-There are three ways of giving thoughts, the same for every evaluation:
+There are four ways of giving thoughts, the same for every evaluation:
   own        one greedy thought (argmax) at each chosen position, and at no other
   shuffled   the thought of another position of the batch: a control
   none       the base model alone
+  aloud      a base model writes T greedy tokens between two em dashes, and predicts after them:
+             what reasoning as text is worth, the ceiling for hidden thoughts
 
 Shapes: those of thoughts.py, and R chosen positions of all texts of a batch.
 """
@@ -15,9 +17,10 @@ from config import Progress, UserError
 from distributed import SINGLE, all_reduce_sum
 from lm_head import CHUNK
 from model import CausalContext
-from thoughts import QuietSTaR, base_model, every_position, gather_ahead, logits_without_markers
+from thoughts import (QuietSTaR, ThoughtConfig, base_model, every_position, gather_ahead,
+                      logits_without_markers)
 
-DATA_TASKS = ("shell_game",)              # files in tasks/ that say which tokens are answers
+DATA_TASKS = ("shell_game", "dates")      # files in tasks/ that say which tokens are answers
 FIELDS = (                                # of each scored token
     "nll_base", "nll_mixed",              # nats; without thoughts mixed repeats base
     "right_base", "right_mixed",          # is the likeliest token (or candidate) the true one
@@ -28,6 +31,19 @@ FIELDS = (                                # of each scored token
 def thinks(model, thoughts="own"):
     """True if `model` makes use of thoughts in this way of scoring."""
     return thoughts != "none" and isinstance(model, QuietSTaR)
+
+
+class ReasonsAloud(QuietSTaR):
+    """A base model whose thoughts are text: its markers are em dashes, its mixing weight is 1."""
+    def __init__(self, base, thought_len: int, dash_id: int):
+        config = ThoughtConfig(thought_len=thought_len)
+        super().__init__(base, config)
+        dash_D = base.embed.weight[dash_id].detach()
+        self.init_thoughts(dash_D, torch.Generator())
+        self.to(dash_D)
+
+    def mix(self, base, thought):
+        return thought, torch.ones_like(thought[..., 0])
 
 
 def load_task(name: str):

@@ -7,7 +7,8 @@ import torch
 
 import config
 from data import TokenFile
-from scoring import pack_positions, score_positions, score_targets, score_texts
+from model import CausalContext
+from scoring import ReasonsAloud, pack_positions, score_positions, score_targets, score_texts
 from tasks import shell_game
 from tokenizer import load_tokenizer
 from toys import texts, tiny_mistral, tiny_quiet
@@ -118,3 +119,22 @@ def test_other_text_is_not_taken_for_the_shell_game():
     other = SimpleNamespace(vocab_size=600, path="tokenizer.model")
     with pytest.raises(config.UserError, match="leave the task out"):
         shell_game.answer_positions(texts(1, 9), other)
+
+
+def test_reasoning_aloud_is_text_between_two_dashes_and_then_the_answer():
+    base, ids_BL, where_BL, dash = tiny_mistral(), texts(3, 8), some_positions(), 4
+    scores = score(ReasonsAloud(base, 3, dash), ids_BL, where_BL)
+    for r, (b, j) in enumerate(where_BL.nonzero().tolist()):
+        text = [*ids_BL[b, :j + 1].tolist(), dash]
+        for _ in range(3):
+            text.append(int(next_logits(base, text).argmax()))
+        assert scores.thought[r].tolist() == text[-3:]
+        logp_V = next_logits(base, [*text, dash]).log_softmax(-1)
+        assert scores.nll_mixed[r] == pytest.approx(-float(logp_V[ids_BL[b, j + 1]]), abs=1e-4)
+    assert (scores.mixing_weight == 1).all()
+
+
+@torch.no_grad()
+def next_logits(base, ids):
+    ids_BL = torch.tensor([ids])
+    return base.head(base(ids_BL, CausalContext(torch.arange(len(ids))[None])))[0, -1]

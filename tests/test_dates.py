@@ -1,0 +1,134 @@
+"""tasks/dates.py: every answer is right, nothing held out is in a training line."""
+import datetime
+import functools
+import re
+from collections import Counter
+
+import pytest
+import torch
+
+import eval as evaluate
+from checkpoint import save_model
+from config import UserError
+from data import TokenFile, train_tokenizer
+from scoring import held_out_texts
+from tasks import dates
+from tokenizer import load_tokenizer
+from toys import tiny_mistral
+
+LINE = re.compile(r"(\w+) came to (\w+) on (\w+), stayed (\w+) days? there and (\w+) days? in (\w+), "
+                  r"and left on(?:— ([\w ]+)—)? (\w+)\.")
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The three corpora, with a tokenizer of this text."""
+    folder = tmp_path_factory.mktemp("dates")
+    lines = list(dates.date_lines(500, 0.5, dates.HELD_OUT, "tokenizer"))
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(lines, 400))
+    tokenizer = load_tokenizer(folder)
+    for name, share, held_out in dates.CORPORA:
+        dates.prepare(dates.date_lines(3000, share, held_out, name), tokenizer, folder / name,
+                      held_out, [name], dates.combination)
+    return folder
+
+
+@functools.cache
+def lines(folder, corpus, split):
+    if (corpus, split) == ("seen_combinations", "train"):
+        return []
+    file, tokenizer = TokenFile(folder / corpus, split), load_tokenizer(folder / corpus)
+    return [LINE.fullmatch(tokenizer.decode(file.document(i))).groups() for i in range(file.n_docs)]
+
+
+EVERY = [(corpus, split) for corpus, *_ in dates.CORPORA for split in ("train", "val")]
+
+
+@pytest.mark.parametrize("corpus, split", EVERY)
+def test_every_answer_and_every_reasoning_is_that_of_the_calendar(folder, corpus, split):
+    for *_, weekday, first, second, _, reasoning, answer in lines(folder, corpus, split):
+        monday = datetime.date(2024, 1, 1)
+        arrival = monday + datetime.timedelta(dates.WEEKDAYS.index(weekday))
+        n_days = NUMBERS[first] + NUMBERS[second]
+        days = [(arrival + datetime.timedelta(n)).strftime("%A") for n in range(1, n_days + 1)]
+        assert answer == days[-1]
+        if reasoning:
+            assert reasoning.split() == days + days[-1:] * (8 - n_days)
+
+
+def test_nothing_that_is_held_out_is_in_a_training_line(folder):
+    train = lines(folder, *EVERY[0]) + lines(folder, *EVERY[2])
+    val = lines(folder, *EVERY[1]) + lines(folder, *EVERY[3])
+    seen = lines(folder, "seen_combinations", "val")
+
+    def people(found):
+        return {name for name, *_ in found}
+
+    def cities(found):
+        return {city for line in found for city in (line[1], line[5])}
+
+    def combinations(found):
+        return {line[2:5] for line in found}
+    for held_out in (val, seen):
+        assert not people(train) & people(held_out) and not cities(train) & cities(held_out)
+    assert not combinations(train) & combinations(val) and len(combinations(val)) >= 15
+    assert combinations(train) == combinations(seen)
+    assert len(combinations(train) | combinations(val)) == 7 * 4 * 4
+
+
+def test_only_one_corpus_shows_reasoning_in_half_of_its_lines(folder):
+    shares = {(corpus, split): sum(line[6] is not None for line in found) / len(found)
+              for corpus, split in EVERY if (found := lines(folder, corpus, split))}
+    assert all(share == 0 for (corpus, _), share in shares.items() if corpus != "with_reasoning")
+    assert all(0.42 < share < 0.58 for (corpus, _), share in shares.items()
+               if corpus == "with_reasoning")
+
+
+def test_days_and_combinations_are_drawn_evenly(folder):
+    counts = Counter(line[2:5] for line in lines(folder, "without_reasoning", "train"))
+    assert max(counts.values()) < 3 * min(counts.values())
+
+
+def test_the_answer_is_where_it_is_hidden(folder):
+    tokenizer = load_tokenizer(folder / "with_reasoning")
+    file = TokenFile(folder / "with_reasoning", "train")
+    ids_BL, _ = held_out_texts(file, 50, 64)
+    where_BL = dates.answer_positions(ids_BL, tokenizer)
+    for ids, where, line in zip(ids_BL, where_BL, lines(folder, "with_reasoning", "train")):
+        hidden = line[6] is None
+        assert where.sum() == hidden
+        if hidden:
+            at = int(where.nonzero())
+            assert tokenizer.decode(ids[:at + 1]).endswith("left on")
+            assert tokenizer.decode([*ids[:at + 2]]).endswith(f"on {line[7]}")
+            assert int(ids[at + 1]) == dates.candidates(tokenizer)[dates.WEEKDAYS.index(line[7])]
+    assert not dates.answer_positions(ids_BL[:, :2], tokenizer).any()
+
+
+def test_a_right_thought_counts_every_day(folder):
+    tokenizer = load_tokenizer(folder / "with_reasoning")
+    line = tokenizer.encode("Ann came to Rome on Friday, stayed one day there and two days in Oslo, "
+                            "and left on Monday.")
+    for thought, right in (("Saturday Sunday Monday Monday", True), ("Saturday Sunday", True),
+                           ("Saturday Monday Monday", False), ("Monday", False)):
+        ids = tokenizer.encode("on " + thought)[1:]
+        assert dates.reasoning_is_right(torch.tensor(line), ids, tokenizer) == right
+
+
+def test_weekdays_in_pieces_are_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(["a b c on"] * 9, 266))
+    with pytest.raises(UserError, match="cuts weekdays into pieces"):
+        dates.answer_positions(torch.zeros(1, 9).long(), load_tokenizer(tmp_path))
+
+
+def test_the_command_line_writes_the_corpora_and_eval_scores_their_answers(folder, tmp_path, call):
+    tokenizer = load_tokenizer(folder / "with_reasoning")
+    status, out, _ = call(dates, f"--tokenizer={folder}", f"--out={tmp_path}", "--lines=200")
+    assert status == 0 and len(out.splitlines()) == len(list(tmp_path.glob("*/meta.json"))) == 3
+    save_model(tiny_mistral(vocab_size=tokenizer.vocab_size), tmp_path / "m", tokenizer=tokenizer)
+    options = f"--checkpoint={tmp_path / 'm'}", f"--data={tmp_path / 'without_reasoning'}"
+    status, out, _ = call(evaluate, *options, "--task=dates", "--thoughts=aloud", "--thought_len=2")
+    assert status == 0 and "reasoning_is_right" in out
+    status, _, error = call(evaluate, *options, "--task=dates", "--thoughts=aloud")
+    assert status == 2 and "--thought_len" in error
