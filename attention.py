@@ -174,14 +174,19 @@ def attend_branch(q, branch_kv, k_text, v_text, position_BP, window, all_positio
     M = sum(k.shape[3] for k in branch_kv[::2])
     window_binds = window is not None and window < k_text.shape[1] + M
     no_kernel = q.is_cuda and q.dtype == torch.float32       # the fused one there is for bf16
-    if not all_positions or window_binds or no_kernel:
-        k, v = concatenated(branch_kv)
-        return thought_attention(q, k, v, k_text, v_text, position_BP, window)
     # on a CPU the kernel's backward is 8 times slower in bf16, and less accurate: use fp32 there
     dtype = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
-    P = q.shape[2]
-    tensors = [t.to(dtype) for t in (q, k_text[:, :P], v_text[:, :P], *branch_kv)]
-    return TwoPartAttention.apply(*tensors).to(q.dtype)
+    tensors = [t.to(dtype) for t in (q, k_text, v_text, *branch_kv)]
+    q_BNPmHE, k_text, v_text, *branch_kv = tensors
+    # and autocast would make products of them bf16 again
+    with torch.autocast(q.device.type, enabled=False):
+        if not all_positions or window_binds or no_kernel:
+            k, v = concatenated(branch_kv)
+            out = thought_attention(q_BNPmHE, k, v, k_text, v_text, position_BP, window)
+        else:
+            P = q.shape[2]
+            out = TwoPartAttention.apply(q_BNPmHE, k_text[:, :P], v_text[:, :P], *branch_kv)
+    return out.to(q.dtype)
 
 
 class PackedContext:

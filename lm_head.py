@@ -18,9 +18,24 @@ def chunk_rows(head_VD) -> int:
     return CHUNK if head_VD.is_cuda else max(1, min(CHUNK, CPU_LOGITS // len(head_VD)))
 
 
+def operands(hidden_RD, head_VD):
+    """Both as logits need them: in fp32, but on a GPU that computes in bf16 in bf16, because there
+    the sums can stay fp32. A CPU would round them to bf16, which is coarser than most rewards."""
+    dtype = torch.promote_types(hidden_RD.dtype, torch.float32)
+    if hidden_RD.is_cuda:
+        is_autocast = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if is_autocast else hidden_RD.dtype
+    return hidden_RD.to(dtype), head_VD.to(dtype)
+
+
 def logits_of(hidden_RD, head_VD, masked_ids=()):
     """Logits [R, V] in fp32; -inf at `masked_ids`, which can be neither predicted nor sampled."""
-    logits_RV = F.linear(hidden_RD, head_VD.to(hidden_RD.dtype)).float()
+    hidden_RD, head_VD = operands(hidden_RD, head_VD)
+    with torch.autocast(hidden_RD.device.type, enabled=False):
+        if hidden_RD.dtype == torch.bfloat16:
+            logits_RV = torch.mm(hidden_RD, head_VD.T, out_dtype=torch.float32)
+        else:
+            logits_RV = F.linear(hidden_RD, head_VD).float()
     logits_RV[:, list(masked_ids)] = -torch.inf
     return logits_RV
 
@@ -40,14 +55,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             # the head's gradient is summed over chunks, so it is summed in fp32 at least
             sum_dtype = torch.promote_types(head_VD.dtype, torch.float32)
             d_head_VD = torch.zeros_like(head_VD, dtype=sum_dtype)
-        # under autocast the states stay fp32, and the products are in bf16
+        # under autocast the products of the gradient are in bf16
         cast_head_VD = head_VD.to(hidden_RD.dtype)
+        logit_hidden_RD, logit_head_VD = operands(hidden_RD, head_VD)
         size = chunk_rows(head_VD)
         for start in range(0, len(hidden_RD), size):
             rows = slice(start, start + size)
             target_R1 = target_R[rows, None]
             # logits and log-probabilities of this chunk
-            logits_RV = logits_of(hidden_RD[rows], cast_head_VD, masked_ids)
+            logits_RV = logits_of(logit_hidden_RD[rows], logit_head_VD, masked_ids)
             logp_RV = torch.log_softmax(logits_RV.div_(temperature), dim=-1)
             nll_R[rows] = -logp_RV.gather(1, target_R1)[:, 0]
             if not needs_grad:
@@ -82,6 +98,7 @@ def sample_tokens(hidden_RD, head_VD, uniform_R=None, masked_ids=()):
     first whose cumulative probability exceeds `uniform_R` in [0, 1); without it, the argmax."""
     token_R = torch.empty(len(hidden_RD), dtype=torch.long, device=hidden_RD.device)
     nll_R = torch.empty(len(hidden_RD), device=hidden_RD.device)
+    hidden_RD, head_VD = operands(hidden_RD, head_VD)
     # the numbers decide, not the batch: chunks change nothing
     size = chunk_rows(head_VD)
     for start in range(0, len(hidden_RD), size):
@@ -98,6 +115,7 @@ def sample_tokens(hidden_RD, head_VD, uniform_R=None, masked_ids=()):
 @torch.no_grad()
 def entropy_of(hidden_RD, head_VD):
     """The entropy of each row's prediction (nats), [R]."""
+    hidden_RD, head_VD = operands(hidden_RD, head_VD)
     found = []
     for rows in hidden_RD.split(chunk_rows(head_VD)):
         p_RV = logits_of(rows, head_VD).softmax(dim=-1)

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from attention import TwoPartAttention, GrowingContext, may_attend, thought_attention
+from attention import (GrowingContext, TwoPartAttention, attend_branch, may_attend,
+                       thought_attention)
 from thoughts import every_position
 from toys import dense_read, texts, tiny_quiet, uniforms
 
@@ -90,6 +91,24 @@ def test_gradients_of_two_part_attention_equal_finite_differences():
         inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
                   for shape in shapes]
         assert torch.autograd.gradcheck(TwoPartAttention.apply, inputs)
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_autocast_rounds_no_product_inside_the_attention_of_thoughts(every):
+    B, N, P, m, K, G, E = 2, 2, 6, 3, 2, 2, 8
+    shapes = [(B, N, P, m, K * G, E)] + 2 * [(B, N, P, m, K, E)] + 2 * [(B, P, K, E)]
+    outcomes = []
+    for autocast in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+        q, k, v, k_text, v_text = tensors
+        position_BP = torch.arange(P).expand(B, P)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = attend_branch(q, [k, v], k_text, v_text, position_BP, None, every)
+        out.square().sum().backward()
+        outcomes.append([out, *(t.grad for t in tensors)])
+    for rounded, exact in zip(*outcomes):
+        assert torch.equal(rounded, exact)
 
 
 def test_the_rule_by_its_words():

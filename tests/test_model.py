@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from lm_head import chunked_cross_entropy
+from lm_head import chunked_cross_entropy, entropy_of, logits_of, sample_tokens
 from model import CausalContext, KVCache, ModelConfig, may_see, rope
 from thoughts import PlainObjective
 from toys import DenseContext, texts, tiny_mistral
@@ -94,6 +94,28 @@ def test_the_chunked_loss_equals_cross_entropy_and_its_gradients(rows, temperatu
         pairs.append((loss.detach(), nll_R.detach(), h.grad, w.grad))
     for ours, oracle in zip(*pairs):
         torch.testing.assert_close(ours.double(), oracle, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_never_rounds_logits_or_what_is_made_of_them(autocast):
+    """States of bf16, or of fp32 under autocast: as if the product had been exact."""
+    R, D, V = 40, 64, 500
+    hidden_RD, head_VD = torch.randn(R, D), torch.randn(V, D)
+    if not autocast:
+        hidden_RD, head_VD = hidden_RD.bfloat16(), head_VD.bfloat16()
+    target_R, uniform_R = torch.arange(R), torch.rand(R)
+    exact_RV = (hidden_RD.double() @ head_VD.double().T)
+    logp_RV = exact_RV.log_softmax(-1)
+    nll_R = -logp_RV[torch.arange(R), target_R]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found_RV = logits_of(hidden_RD, head_VD)
+        _, found_R = chunked_cross_entropy(hidden_RD, head_VD, target_R, torch.ones(R))
+        token_R, sampled_nll_R = sample_tokens(hidden_RD, head_VD, uniform_R)
+        entropy_R = entropy_of(hidden_RD, head_VD)
+    assert found_RV.dtype == torch.float32
+    assert (found_RV - exact_RV).abs().max() < 1e-4 and (found_R - nll_R).abs().max() < 1e-4
+    assert (sampled_nll_R + logp_RV[torch.arange(R), token_R]).abs().max() < 1e-4
+    assert (entropy_R - torch.special.entr(logp_RV.exp()).sum(-1)).abs().max() < 1e-4
 
 
 def test_the_loss_never_holds_more_than_a_chunk_of_logits(monkeypatch):
