@@ -2,7 +2,7 @@
 
 There are four ways of giving thoughts, the same for every evaluation:
   own        one greedy thought (argmax) at each chosen position, and at no other
-  shuffled   the thought of another position of the batch: a control
+  shuffled   the thought of another text of the batch: a control
   none       the base model alone
   aloud      a base model writes T greedy tokens between two em dashes, and predicts after them:
              what reasoning as text is worth, the ceiling for hidden thoughts
@@ -10,6 +10,8 @@ There are four ways of giving thoughts, the same for every evaluation:
 Shapes: those of thoughts.py, and R chosen positions of all texts of a batch.
 """
 import importlib
+from collections import defaultdict
+from itertools import cycle
 
 import torch
 
@@ -90,21 +92,36 @@ def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
         return base_RD, base_RD, weight_R, thought_RT
     base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = model.predict(ids_BL, position_BP)
     if thoughts == "shuffled":
-        # a cycle through a random order: every position gets the thought of another one
-        thought_RT = thought_BNPT[:, 0][real_BP]
-        if len(thought_RT) == 1:
-            raise UserError("--thoughts=shuffled: a batch of one scored token has no other thought "
-                            "to give it: raise --batch_size")
-        generator = torch.Generator().manual_seed(0)
-        order_R = torch.randperm(len(thought_RT), generator=generator)
-        shuffled_RT = torch.empty_like(thought_RT)
-        shuffled_RT[order_R] = thought_RT[order_R.roll(1)]
-        thought_BNPT[:, 0][real_BP] = shuffled_RT
+        text_R = real_BP.nonzero()[:, 0]
+        thought_BNPT[:, 0][real_BP] = thought_BNPT[:, 0][real_BP][of_another_text(text_R)]
         _, mixed_BNPD, weight_BNP, _ = model.predict(ids_BL, position_BP, thought_BNPT=thought_BNPT)
     base_RD = base_BPD[real_BP]
     mixed_RD = mixed_BNPD[:, 0][real_BP]
     weight_R = weight_BNP[:, 0][real_BP]
     return base_RD, mixed_RD, weight_R, thought_BNPT[:, 0][real_BP]
+
+
+def of_another_text(text_R) -> list[int]:
+    """For each of R positions, given its text, a position of another text, in a random order."""
+    generator = torch.Generator().manual_seed(0)
+    order_R = torch.randperm(len(text_R), generator=generator)
+    by_text = defaultdict(list)
+    for r in order_R.tolist():
+        by_text[int(text_R[r])].append(r)
+    if len(by_text) == 1:
+        raise UserError("--thoughts=shuffled: a batch in which one text has scored tokens holds no "
+                        "thought of another: raise --batch_size")
+    # in a circle, text by text: each position takes one of those before its own text
+    circle = [r for rows in by_text.values() for r in rows]
+    chosen = [0] * len(circle)
+    start = 0
+    for rows in by_text.values():
+        end = start + len(rows)
+        others = circle[end:] + circle[:start]
+        for r, other in zip(rows, cycle(others[::-1])):
+            chosen[r] = other
+        start = end
+    return chosen
 
 
 @torch.no_grad()

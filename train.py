@@ -194,6 +194,7 @@ class RunLog:
     def __init__(self, out, step, is_main):
         out.mkdir(parents=True, exist_ok=True)
         self.path, self.is_main, self.printed = out / "log.jsonl", is_main, 0.0
+        self.began, self.first = time.monotonic(), step
         if is_main and self.path.is_file():
             # a resumed run drops what its checkpoint does not hold; a row of a step says step + 1
             lines = config.read_text(self.path).splitlines()
@@ -219,6 +220,10 @@ class RunLog:
                 if name in COLUMNS or name.startswith("eval/"):
                     head, form = COLUMNS.get(name, (name, ".4f"))
                     shown.append(f"{head} {value:{form}}")
+            seconds = time.monotonic() - self.began
+            if step > self.first:
+                left = seconds / (step - self.first) * (steps - step)
+                shown.append(f"{left:.0f} s left")
             print("  ".join(shown), flush=True)
 
 

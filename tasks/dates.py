@@ -26,8 +26,8 @@ COMBINATIONS = [", ".join(chosen) for chosen in product(WEEKDAYS, STAYS, STAYS)]
 HELD_OUT = 0.2                        # share of the combinations, roughly
 LONGEST = 8                           # words of the reasoning about the two longest stays
 # In training lines, and in held-out lines.
-PEOPLE = ("Ann Bob Carl Emma Fred Grace Henry Jack Kate Leo Mary Nick Olga Paul Rose Sam".split(),
-          "Alice David Helen Oscar Peter Sarah".split())
+PEOPLE = ("Ann Ben Bob Carl Fred Henry Jack Jane Kim Mark Mary Nick Paul Rose Sam Tom".split(),
+          "Alice David Maria Peter Robert Sarah".split())
 CITIES = "Rome Paris London Berlin Tokyo".split(), "Oslo Cairo Madrid Vienna Boston".split()
 # Folder, share of lines with reasoning, share of the combinations that is held out.
 CORPORA = (("with_reasoning", 0.5, HELD_OUT), ("without_reasoning", 0.0, HELD_OUT),

@@ -8,7 +8,8 @@ import torch
 import config
 from data import TokenFile
 from model import CausalContext
-from scoring import ReasonsAloud, pack_positions, score_positions, score_targets, score_texts
+from config import UserError
+from scoring import ReasonsAloud, of_another_text, pack_positions, score_positions, score_targets, score_texts
 from tasks import shell_game
 from tokenizer import load_tokenizer
 from toys import texts, tiny_mistral, tiny_quiet
@@ -52,7 +53,10 @@ def test_shuffled_thoughts_are_the_same_thoughts_at_other_positions():
     quiet, ids_BL, where_BL = tiny_quiet(n_thoughts=1), texts(3, 8), some_positions()
     own, shuffled = (score(quiet, ids_BL, where_BL, thoughts=t)
                     for t in ("own", "shuffled"))
-    assert sorted(own.thought.tolist()) == sorted(shuffled.thought.tolist())
+    text_R = where_BL.nonzero()[:, 0].tolist()
+    for r, thought in enumerate(shuffled.thought.tolist()):
+        assert any(thought == own.thought[other].tolist()
+                   for other in range(len(text_R)) if text_R[other] != text_R[r])
     assert (own.thought != shuffled.thought).any(-1).sum() >= 4
     np.testing.assert_allclose(own.nll_base, shuffled.nll_base, rtol=1e-5)
     assert not np.allclose(own.nll_mixed, shuffled.nll_mixed)
@@ -119,6 +123,19 @@ def test_other_text_is_not_taken_for_the_shell_game():
     other = SimpleNamespace(vocab_size=600, path="tokenizer.model")
     with pytest.raises(config.UserError, match="leave the task out"):
         shell_game.answer_positions(texts(1, 9), other)
+
+
+@pytest.mark.parametrize("text", [[0, 1], [0, 0, 1], [3] * 9 + [5], [0, 1, 2, 2, 2, 2, 4, 1, 0, 0]])
+def test_a_shuffled_thought_is_always_of_another_text(text):
+    chosen = of_another_text(torch.tensor(text))
+    assert all(text[other] != text[r] for r, other in enumerate(chosen))
+    if len(set(text)) == len(text):
+        assert sorted(chosen) == list(range(len(text)))
+
+
+def test_one_text_has_no_thoughts_of_another_to_take():
+    with pytest.raises(UserError, match="raise --batch_size"):
+        of_another_text(torch.tensor([4, 4, 4]))
 
 
 def test_reasoning_aloud_is_text_between_two_dashes_and_then_the_answer():

@@ -62,8 +62,8 @@ def logged(paths, name):
 def learning(cfg, figure):
     """Draw held-out accuracy by step: a thin line for each seed, a thick one for their mean."""
     ax = figure.subplots()
-    ax.axhline(0.2, color="black", linestyle="--")
-    ends = [(0.2, "chance", "black")]                      # one cup in five
+    ax.axhline(cfg.chance, color="black", linestyle="--")
+    ends = [(cfg.chance, "chance", "black")]
     for label, logs, which, colour in (
             ("thinking", cfg.input, "mixed", MIXED),
             ("same model, not thinking", cfg.input, "base", BASE),
@@ -114,6 +114,7 @@ class FigureConfig:
     kind: Literal["mask", "learning", "table"] = "table"  # what to draw or print
     input: tuple[str, ...] = ()       # files to read, separated by commas
     plain: tuple[str, ...] = ()       # log.jsonl files of plain training, for --kind=learning
+    chance: float = 0.2               # accuracy of guessing, for --kind=learning: a cup of five
     out: str = "figure.png"           # picture to write
 
 
