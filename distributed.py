@@ -48,10 +48,14 @@ def pick_device(name: str) -> torch.device:
 
 def init_distributed(device: str, strategy: str = "auto") -> Distributed:
     """Join the processes that torchrun started, if it did; `strategy` auto then means ddp."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     own_device = pick_device(device)
-    if world_size == 1:
-        return Distributed(rank, world_size, own_device)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return Distributed(0, 1, own_device)
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but no "
+                        f"{', '.join(absent)}: start with torchrun, or unset WORLD_SIZE")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if strategy == "none":
         raise UserError(f"--parallel=none, but torchrun started {world_size} processes: use ddp")
     backend = {"cpu": "gloo", "cuda": "nccl"}[own_device.type]

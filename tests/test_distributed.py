@@ -18,6 +18,7 @@ from checkpoint import find_checkpoint, load_model, save_model
 from data import Batches, TokenFile
 from test_train import assert_same_weights, rows, tensors
 from tokenizer import load_tokenizer
+from tools.one_pass import MANY
 from toys import tiny_quiet
 
 MODEL = ("--dim=16", "--n_layers=2", "--n_heads=2", "--n_kv_heads=1", "--ffn_dim=32",
@@ -74,6 +75,15 @@ def test_every_layout_learns_what_one_process_learns(layouts, layout):
         assert (ours[name] - theirs[name]).abs().max() < 1e-5, name
     for mine, other in zip(rows(layouts / layout), rows(layouts / "one"), strict=True):
         assert mine == pytest.approx(other, rel=1e-5, abs=1e-5)
+
+
+def test_two_ranks_that_sample_in_one_pass_learn_what_one_process_learns(game, tmp_path):
+    options = (*MODEL, *TOY, f"--data={game}/without_reasoning", "--n_thoughts=20", "--eval_every=0")
+    assert 2 * 11 * 20 >= MANY        # thoughts of each rank
+    launch(*(ranks(world, *options, f"--out={tmp_path / str(world)}") for world in (1, 2)))
+    one, two = tensors(tmp_path / "1"), tensors(tmp_path / "2")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
 
 
 def test_rows_of_the_two_ranks_are_padded_unequally(game):

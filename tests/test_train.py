@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoint
+import eval as evaluate
 import train
 from data import Batches
 
@@ -358,3 +359,25 @@ def test_an_empty_corpus_and_a_token_outside_the_vocabulary_are_one_line(call, g
     (copy / "train.bin").write_bytes(ids.tobytes())
     status, _, stderr = call(train, *toy(game, tmp_path / "run", f"--data={copy}"))
     assert status == 2 and "999" in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", [train, evaluate])
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_world_size_without_the_rest_is_refused_before_anything_is_computed(
+        call, game, tmp_path, monkeypatch, script, missing):
+    """Half-exported variables of a cluster: no script takes itself for one of several processes."""
+    for name, value in dict(WORLD_SIZE="4", RANK="1", MASTER_ADDR="x", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    options = toy(game, tmp_path / "run")
+    if script is evaluate:
+        options = f"--data={game}/without_reasoning", "--checkpoint=x"
+    status, _, error = call(script, *options)
+    assert status == 2 and f"WORLD_SIZE=4 in the environment, but no {missing}: start with" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_alone_means_nothing(call, game, whole_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert call(train, *toy(game, tmp_path / "run"))[0] == 0
+    assert_same_weights(tmp_path / "run", whole_run)

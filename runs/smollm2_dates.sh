@@ -1,0 +1,42 @@
+#!/bin/sh
+# A real language model learns to think, on two CPU cores: `make dates`, 12 minutes where the
+# processor multiplies bf16, 20 where not; 6 GB of memory. The text is ordinary English whose last
+# word needs counting days (tasks/dates.py). Chance is one weekday in seven. A stage whose output
+# exists is skipped, and one that was stopped goes on.
+set -e
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" SEED="${SEED:-0}"
+[ -n "$DTYPE" ] || DTYPE="$(grep -qsm1 -e avx512_bf16 -e amx_bf16 /proc/cpuinfo && echo bfloat16 \
+  || echo float32)"
+from() { [ -f "$1/latest" ] && echo resume || echo "$2"; }      # a run that was stopped goes on
+out=out/dates
+mkdir -p $out/json
+
+# Data: lines with and without reasoning (2 seconds)
+[ -f data/dates/seen_combinations/meta.json ] || python -m tasks.dates
+
+# 1. A base that reasons aloud in half of the lines, and right about half of the time (3 minutes)
+[ -d $out/base-$SEED/step-000072 ] || python train.py --objective=plain --seed=$SEED \
+  --init_from="$(from $out/base-$SEED out/SmolLM2-135M)" --out=$out/base-$SEED --dtype=$DTYPE \
+  --data=data/dates/with_reasoning --steps=72 --batch_size=16 --seq_len=36 --lr=2e-4 \
+  --min_lr=2e-5 --warmup=5 --weight_decay=0 --eval_every=0 --save_every=24
+
+# 2. Quiet-STaR on lines without any reasoning: the positions where the base is least certain think
+#    (7 minutes)
+[ -d $out/thinking-$SEED/step-000030 ] || python train.py --seed=$SEED \
+  --init_from="$(from $out/thinking-$SEED $out/base-$SEED)" --out=$out/thinking-$SEED \
+  --dtype=$DTYPE --data=data/dates/without_reasoning --steps=30 --batch_size=16 --grad_accum=4 \
+  --seq_len=26 --lr=5e-5 --min_lr=1e-5 --warmup=5 --weight_decay=0 \
+  --positions=uncertain --think_share=0.12 --thought_len=8 --n_true=1 --n_thoughts=4 \
+  --policy_weight=10 --policy_temperature=1 --marker_lr=5 --mixing_lr=4 \
+  --eval_task=dates --eval_every=10 --eval_texts=64 --save_every=10
+
+# 3. A thought, and 500 held-out lines scored without and with thoughts (1 minute)
+python sample.py --checkpoint=$out/thinking-$SEED --show-thoughts --max_new_tokens=1 \
+  --prompt="Alice came to Oslo on Friday, stayed four days there and three days in Cairo, and left on"
+for name in base thinking; do
+  [ -f $out/json/$SEED-$name.json ] || python eval.py --checkpoint=$out/$name-$SEED --texts=500 \
+    --data=data/dates/without_reasoning --task=dates --seq_len=26 --batch_size=50 \
+    --out=$out/json/$SEED-$name.json > /dev/null
+done
+python -m tools.figures --kind=table --input=$out/json/$SEED-base.json,$out/json/$SEED-thinking.json
