@@ -229,6 +229,7 @@ def save_run(out: Path, step: int, model: Mistral | QuietSTaR, optimizer, settin
     try:
         with fail_together(dist), _written(out):
             if dist.is_main:
+                _check_finite(tensors, step)
                 shutil.rmtree(draft, ignore_errors=True)
                 save_model(model, draft, tokenizer=tokenizer, tensors=tensors)
         with fail_together(dist), _written(out):
@@ -244,6 +245,12 @@ def save_run(out: Path, step: int, model: Mistral | QuietSTaR, optimizer, settin
             shutil.rmtree(draft, ignore_errors=True)
             for old in _checkpoints(out)[:-2]:
                 shutil.rmtree(old)
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], step: int) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds nan or infinity after step {step}")
 
 
 def full_parameters(model, dist: Distributed) -> dict[str, torch.Tensor]:

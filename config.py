@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -68,11 +69,18 @@ def options_on_command_line() -> set[str]:
 
 
 def check_at_least(settings, **least) -> None:
-    """Raise UserError for the first of these settings that is below its least value, or nan."""
+    """Raise UserError for the first of these settings that is below its least value."""
     for name, value in least.items():
         found = getattr(settings, name)
-        if not found >= value:
+        if found is not None and not found >= value:
             raise UserError(f"--{name}={found} is below {value}")
+
+
+def check_at_most(settings, **most) -> None:
+    """Raise UserError for the first of these settings that is above its greatest value."""
+    for name, value in most.items():
+        if not getattr(settings, name) <= value:
+            raise UserError(f"--{name}={getattr(settings, name)} is above {value}")
 
 
 def run(main) -> None:
@@ -114,7 +122,19 @@ def _argument(field, comment: str) -> dict:
     if typing.get_origin(kind) is tuple:
         return dict(common, type=_tuple_of(parts[0]), metavar="VALUES")
     kind = parts[0] if parts else kind
-    return dict(common, type=kind, metavar=kind.__name__.upper())
+    number = _at_least_0(kind) if kind in (int, float) else kind
+    return dict(common, type=number, metavar=kind.__name__.upper())
+
+
+def _at_least_0(kind):
+    """No option means anything below 0, at infinity, or as nan."""
+    def value(text: str):
+        number = kind(text)
+        if not 0 <= number < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is below 0 or not finite")
+        return number
+    value.__name__ = kind.__name__                           # in what argparse says
+    return value
 
 
 def true_or_false(text: str) -> bool:

@@ -20,7 +20,8 @@ import numpy as np
 import sentencepiece
 import torch
 
-from config import UserError, atomic_write, file_errors, parse, read_json, run
+from config import (UserError, atomic_write, check_at_most, file_errors, parse, read_json,
+                    run)
 from tokenizer import load_tokenizer
 
 # Random numbers come from generators keyed by (seed, purpose, ...), so there is no state to save.
@@ -188,6 +189,9 @@ class DataConfig:
     val_share: float = 0.01           # share of the documents that is held out
     train_tokenizer: str = ""         # train a tokenizer instead, and write it to this file
     vocab_size: int = 1024            # tokens of the new tokenizer; 259 are bytes and specials
+
+    def __post_init__(self):
+        check_at_most(self, val_share=1)
 
 
 def main():

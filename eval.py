@@ -12,6 +12,7 @@ base after temperature scaling; --thoughts=shuffled gives each position the thou
 plain training and filler tokens are other checkpoints, and --against compares two results in pairs.
 Left out on purpose: other people's tasks (tasks/lm_eval_harness.py), means over seeds (figures).
 """
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from checkpoint import find_checkpoint, load_for_inference
 from config import UserError
 from data import TokenFile
 from distributed import Distributed, cleanup, init_distributed
-from scoring import ReasonsAloud, load_task, score_texts, thinks
+from scoring import ReasonsAloud, held_out_texts, load_task, score_texts, thinks
 from tasks.bootstrap import (TEMPERATURES, bin_scores, format_bins, format_cell, format_table,
                              paired_differences, summary, temperature_scaled)
 from tasks.qa import CONCLUSION, evaluate_questions
@@ -67,10 +68,11 @@ class EvalConfig:
             raise UserError("--votes with --thoughts=shuffled: new text has no others to take")
         if self.thoughts == "aloud" and (self.asks_questions or not self.thought_len):
             raise UserError("--thoughts=aloud needs --thought_len=TOKENS, and text (--data)")
+        if 0 < self.temperature < 0.01:
+            raise UserError(f"--temperature={self.temperature}: 0 takes the likeliest token")
         if self.against and not Path(self.against).is_file():
             raise UserError(f"--against={self.against} is not there: name the json of another run")
-        config.check_at_least(self, texts=1, seq_len=2, limit=0, votes=0, temperature=0,
-                              max_new_tokens=1, seed=0, batch_size=1)
+        config.check_at_least(self, texts=1, seq_len=2, max_new_tokens=1, batch_size=1)
 
     @property
     def asks_questions(self) -> bool:
@@ -105,8 +107,10 @@ def evaluate_data(model, tokenizer, cfg: EvalConfig, dist: Distributed) -> dict:
     has_scores = np.bincount(text) > 0
     clusters = {name: np.bincount(text, value)[has_scores] for name, value in values.items()}
     # a comparison needs the same text, cut in the same way
+    ids_BL, _ = held_out_texts(token_file, cfg.texts, cfg.seq_len)
     dataset_id = dict(sources=token_file.meta["sources"], tokenizer=tokenizer.sha256,
-                      split=cfg.split, texts=cfg.texts, seq_len=cfg.seq_len, task=cfg.task)
+                      split=cfg.split, texts=cfg.texts, seq_len=cfg.seq_len, task=cfg.task,
+                      sha256=hashlib.sha256(ids_BL.numpy().tobytes()).hexdigest())
     bins = {name: bin_scores(scores, by) for name, by in BINNED.items()}
     return dict(dataset_id=dataset_id, thoughts=cfg.thoughts, thought_len=thought_len,
                 tokens=len(text), clusters=clusters, temperatures={"nll": temperatures}, **bins)
@@ -118,6 +122,8 @@ def print_result(result: dict, means: dict, cfg: EvalConfig):
     n = len(result["clusters"]["count"])
     print(f"{cfg.file or cfg.data}: {n} {what}, {result.get('tokens', n)} scored; "
           f"thoughts: {cfg.thoughts}; 95 % intervals over {what}")
+    if n < 50:
+        print(f"intervals over {n} {what} are too narrow: they cover 87 to 90 %")
     print(format_table(means))
     for measure, halves in result["temperatures"].items():
         print(measure, "scaled at {:.2f} and {:.2f}: a temperature per half".format(*halves))

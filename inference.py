@@ -42,6 +42,8 @@ def sample_next(logits_BV, uniform_B, temperature: float, top_k: int = 0, top_p:
     """One token a row: the argmax at temperature 0, else the one that `uniform_B` in [0, 1) picks
     from the likeliest tokens that hold the probability `top_p`, at most `top_k` of them (0: any).
     """
+    if logits_BV.isnan().any():
+        raise UserError("the model predicts nan: its weights are damaged, or overflow in this type")
     if temperature == 0:
         return logits_BV.argmax(-1)
     p_BV = (logits_BV / temperature).softmax(-1)

@@ -48,7 +48,7 @@ class SampleConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
 
     def __post_init__(self):
-        config.check_at_least(self, max_new_tokens=1, samples=1, temperature=0, top_k=0, seed=0)
+        config.check_at_least(self, max_new_tokens=1, samples=1)
         mistakes = {
             "--checkpoint=FOLDER is needed": not self.checkpoint,
             "--think=gate and --gate need each other": (self.think == "gate") != bool(self.gate),
@@ -56,6 +56,8 @@ class SampleConfig:
                 self.samples > 1 and self.temperature == 0,
             "--think=never shows no thoughts": self.think == "never" and self.show_thoughts,
             f"--top_p={self.top_p} is not above 0 and at most 1": not 0 < self.top_p <= 1,
+            f"--temperature={self.temperature}: 0 takes the likeliest token, 0.01 nearly so":
+                0 < self.temperature < 0.01,
             "give one of --prompt and --text-file": self.text_file and self.prompt is not None}
         for message, mistaken in mistakes.items():
             if mistaken:
@@ -92,7 +94,8 @@ def teacher_forced(model, tokenizer, ids: list[int], think=True, gate=None) -> T
         if not think or (gate and not gate.opens(base_1D, base_1V)):
             mixed_1D, thought_T, reward = base_1D, None, None
         mixed_1V = logits_without_markers(model, mixed_1D).log_softmax(-1)
-        describe(token, tokenizer, base_1V[0], mixed_1V[0], weight, thought_T)
+        filler = think and model.config.filler
+        describe(token, tokenizer, base_1V[0], mixed_1V[0], weight, thought_T, filler)
         token.reward = reward
     stream.end()
     return stream

@@ -13,6 +13,7 @@ import importlib
 from collections import defaultdict
 from itertools import cycle
 
+import numpy as np
 import torch
 
 from config import Progress, UserError
@@ -260,6 +261,8 @@ def score_texts(
         for name, value in scores.items():
             scores[name] = all_reduce_sum(value.to(dist.device)).cpu()
     arrays = {name: value.numpy() for name, value in scores.items()}
+    if not np.isfinite(arrays["nll_base"] + arrays["nll_mixed"]).all():
+        raise UserError("the model predicts nan or infinity: its weights are damaged, or overflow")
     arrays["text"] = where_BL.nonzero()[:, 0].numpy()
     return arrays
 

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from attention import GrowingContext, PackedContext
-from config import UserError
+from config import check_at_least, check_at_most
 from lm_head import chunked_cross_entropy, entropy_of, logits_of, sample_tokens
 from model import CausalContext, Mistral
 
@@ -49,9 +49,9 @@ class ThoughtConfig:
     marker_ids: tuple[int, ...] = ()  # vocabulary rows of the markers, if any; never sampled
 
     def __post_init__(self):
-        for name, least in (("thought_len", 0), ("n_thoughts", 1), ("n_true", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} is below {least}")
+        check_at_least(self, thought_len=0, n_thoughts=1, n_true=1, policy_weight=0,
+                       policy_temperature=1e-3, base_weight=0)
+        check_at_most(self, base_weight=1)
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Losses:
             "thought/reward": (self.reward_BNP * policy_mask).sum() / n_rewards,
             "thought/advantage": self.advantage_BNP.sum() / n_rewards,
             "thought/entropy": (self.thought_nll_BNP * policy_mask).sum() / n_rewards,
-            "thought/mixing_weight": sum_of_weights / self.denominators[1:-1].sum().clamp(min=1),
+            "thought/mixing_weight": sum_of_weights / one_if_0(self.denominators[1:-1].sum()),
         }
 
 
@@ -336,10 +336,14 @@ def denominators(valid_BL, config: ThoughtConfig, n_positions: int | None = None
 
 
 def split_denominators(counts):
-    """The parts of `denominators`, at least 1 each: n_base, n_mixed_A, n_rewards."""
-    # if a count is 0, so is its sum: this only avoids 0 / 0
-    counts = counts.clamp(min=1)
+    """The parts of `denominators`, 1 for what is empty: n_base, n_mixed_A, n_rewards."""
+    counts = one_if_0(counts)
     return counts[0], counts[1:-1], counts[-1]
+
+
+def one_if_0(counts):
+    """Counts to divide by: if a count is 0, so is its sum, and this only avoids 0 / 0."""
+    return torch.where(counts > 0, counts, 1)
 
 
 def masked_cross_entropy(hidden, head_VD, target, mask, weight, **options):

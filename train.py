@@ -67,15 +67,12 @@ class TrainConfig:
     seed: int = 0                     # seed of weights, batches and thoughts
 
     def __post_init__(self):
-        config.check_at_least(self, batch_size=1, grad_accum=1, seq_len=2, steps=0, eval_every=0,
-                              eval_texts=1, save_every=1, recompute=0, lr=0, seed=0)
-        if not 0 < self.think_share <= 1:
-            raise UserError(f"--think_share={self.think_share} is not above 0 and at most 1")
+        config.check_at_least(self, batch_size=1, grad_accum=1, seq_len=2, eval_texts=1,
+                              save_every=1, grad_clip=1e-6, think_share=1e-6)
+        config.check_at_most(self, think_share=1, beta2=0.999999, weight_decay=1, lr=1)
         if self.positions == "all" and self.think_share < 1:
             raise UserError(f"--think_share={self.think_share} of which positions? Choose "
                             "--positions=random or uncertain")
-        if not 0 <= self.beta2 < 1:
-            raise UserError(f"--beta2={self.beta2} is not at least 0 and below 1")
         if not self.out or not self.data:
             raise UserError("--out=FOLDER and --data=FOLDER are needed (data.py makes the data)")
 

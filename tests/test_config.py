@@ -3,9 +3,9 @@ import importlib
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -176,3 +176,34 @@ def test_a_file_that_cannot_be_read_or_written_is_a_users_error(tmp_path):
     with pytest.raises(config.UserError, match="cannot write .*bytes/under"):
         with config.atomic_write(tmp_path / "bytes" / "under") as temporary:
             temporary.write_text("x")
+
+
+def configs() -> list[tuple]:
+    """Every dataclass of options, with what it needs to be accepted."""
+    from data import DataConfig
+    from eval import EvalConfig
+    from model import ModelConfig
+    from sample import SampleConfig
+    from tasks.dates import DatesConfig
+    from tasks.shell_game import ShellGameConfig
+    from thoughts import ThoughtConfig
+    from tools.bench import BenchConfig
+    from tools.gate import GateConfig
+    from tools.memory import MemoryConfig
+    from train import TrainConfig
+    return [(TrainConfig, ["--out=o", "--data=d"]), (ModelConfig, []), (ThoughtConfig, []),
+            (EvalConfig, ["--checkpoint=c", "--data=d"]), (SampleConfig, ["--checkpoint=c"]),
+            (DataConfig, []), (GateConfig, ["--checkpoint=c", "--data=d"]), (MemoryConfig, []),
+            (BenchConfig, []), (ShellGameConfig, []), (DatesConfig, [])]
+
+
+NUMBERS = [(cls, needed, field.name) for cls, needed in configs() for field in fields(cls)
+           if {int, float} & {field.type, *get_args(field.type)} and not get_origin(field.type) == tuple]
+
+
+@pytest.mark.parametrize("cls, needed, name", NUMBERS, ids=lambda value: getattr(value, "__name__", None) or str(value))
+def test_every_number_has_a_range_that_leaves_out_what_makes_no_sense(cls, needed, name):
+    config.parse(cls, argv=needed)
+    for value in ("-1", "-0.5", "nan", "inf", "-inf", "1e999"):
+        with pytest.raises(config.UserError):
+            config.parse(cls, argv=[*needed, f"--{name}={value}"])

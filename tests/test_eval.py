@@ -1,9 +1,11 @@
 """eval.py: the table it prints, the json it writes, and what it refuses."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import eval as evaluation
@@ -90,7 +92,23 @@ def test_a_mistake_is_one_line(call, game, tmp_path):
             ([f"--checkpoint={tmp_path}", "--task=gsm8k"], "--file=FILE"),
             ([f"--checkpoint={tmp_path}", "--data=x", "--thoughts=mine"],
              "--thoughts: 'mine' is not one of own, shuffled, none"),
-            ([f"--checkpoint={tmp_path}", "--data=x", "--task=dates"], "task 'dates' is not one of"),
+            ([f"--checkpoint={tmp_path}", "--data=x", "--task=riddles"], "task 'riddles' is not one of"),
             ([f"--checkpoint={tmp_path}/plain", data, "--thought_len=2"], "plain does not think")):
         status, _, stderr = call(evaluation, *argv)
         assert status == 2 and words in stderr and stderr.count("\n") == 1, stderr
+
+
+def test_results_of_other_lines_under_the_same_name_cannot_be_compared(call, game, tmp_path):
+    save_model(tiny_quiet(model=dict(vocab_size=20)), tmp_path / "m",
+               tokenizer=load_tokenizer(game))
+    data, other = tmp_path / "data", tmp_path / "other.json"
+    shutil.copytree(game / "without_reasoning", data)
+    options = f"--checkpoint={tmp_path / 'm'}", f"--data={data}", "--texts=20"
+    status, out, _ = call(evaluation, *options, f"--out={other}")
+    assert status == 0 and "intervals over 20 texts are too narrow" in out
+    assert call(evaluation, *options, f"--against={other}")[0] == 0
+    ids = np.fromfile(data / "val.bin", np.uint16)
+    ids[4] = 5 + (ids[4] - 4) % 5     # another cup
+    ids.tofile(data / "val.bin")
+    status, _, error = call(evaluation, *options, f"--against={other}")
+    assert status == 2 and "only the same can be compared" in error

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluate
 import sample
 from checkpoint import save_model
 from inference import Generator, row_generators, sample_next
@@ -363,3 +364,28 @@ def test_a_mistake_is_one_line(call, checkpoint, game, tmp_path, monkeypatch):
             ([f"--checkpoint={tmp_path}/none", "--prompt=ball"], "none is missing")):
         status, _, stderr = call(sample, *argv)
         assert status == 2 and words in stderr and stderr.count("\n") == 1, (argv, stderr)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_weights_stop_with_one_line_instead_of_junk(call, game, tmp_path, temperature):
+    quiet = tiny_quiet(model=dict(vocab_size=20))
+    quiet.model.layers[1].ffn.down.weight.data[0, 0] = torch.nan
+    save_model(quiet, tmp_path, tokenizer=load_tokenizer(game))
+    status, out, error = call(sample, f"--checkpoint={tmp_path}", "--prompt=ball a",
+                              f"--temperature={temperature}")
+    assert status == 2 and "the model predicts nan" in error
+    status, _, error = call(evaluate, f"--checkpoint={tmp_path}", f"--data={game}/without_reasoning")
+    assert status == 2 and "the model predicts nan" in error
+
+
+def test_a_filler_model_shows_the_markers_that_it_reads_and_no_tokens(call, game, tmp_path):
+    quiet = tiny_quiet(model=dict(vocab_size=20, max_seq_len=64), filler=True)
+    save_model(quiet, tmp_path, tokenizer=load_tokenizer(game))
+    (tmp_path / "a.txt").write_text("ball a : ab")
+    for option in ("--prompt=ball a", f"--text-file={tmp_path / 'a.txt'}"):
+        status, out, _ = call(sample, f"--checkpoint={tmp_path}", option, "--show-thoughts",
+                              "--max_new_tokens=2")
+        assert status == 0
+        thoughts = [line.split()[3:] for line in out.splitlines() if "startthought" in line]
+        assert len(thoughts) >= 2
+        assert all("".join(thought) == 3 * "<|startthought|>" for thought in thoughts)

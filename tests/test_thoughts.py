@@ -453,3 +453,13 @@ def test_uncertain_positions_are_those_of_the_highest_entropy_and_padding_comes_
     theirs = quiet(ids_BL, valid_BL, found_BP, uniform_BNPT)
     assert torch.equal(ours.loss, theirs.loss)
     assert torch.equal(ours.reward_BNP, theirs.reward_BNP)
+
+
+def test_a_step_with_few_thoughts_is_not_weighed_down():
+    """2 of 40 positions think in a text of one valid target: fewer than one term is expected."""
+    valid_BL = torch.zeros(1, 41, dtype=torch.bool)
+    valid_BL[0, :2] = True
+    counts = denominators(valid_BL, tiny_quiet(n_thoughts=1, n_true=1).config, n_positions=2)
+    _, n_mixed_A, _ = thoughts.split_denominators(counts)
+    assert float(n_mixed_A[0]) == pytest.approx(2 / 40)
+    assert all((count == 1).all() for count in thoughts.split_denominators(torch.zeros(3)))

@@ -315,8 +315,8 @@ def test_checkpoints_are_a_runs_own_in_the_order_of_their_steps(tmp_path):
     (["--n_kv_heads=3"], "n_heads=2 is not a multiple of n_kv_heads=3"),
     (["--vocab_size=7"], "has 20 tokens, model embeds 7"),
     (["--think_share=0.5"], "--think_share=0.5 of which positions? Choose --positions=random or"),
-    (["--think_share=0"], "--think_share=0.0 is not above 0 and at most 1"),
-    (["--thought_len=-1"], "thought_len=-1 is below 0"),
+    (["--think_share=0"], "--think_share=0.0 is below 1e-06"),
+    (["--thought_len=-1"], "--thought_len: -1 is below 0"),
     (["--device=tpu"], "--device: 'tpu' is not one of auto, cpu, cuda")])
 def test_a_mistake_is_one_line_and_status_2(call, game, tmp_path, changes, words):
     status, _, stderr = call(train, *toy(game, tmp_path / "run", *changes))
@@ -381,3 +381,19 @@ def test_a_rank_alone_means_nothing(call, game, whole_run, tmp_path, monkeypatch
     monkeypatch.setenv("RANK", "3")
     assert call(train, *toy(game, tmp_path / "run"))[0] == 0
     assert_same_weights(tmp_path / "run", whole_run)
+
+
+def test_weights_of_nan_are_never_saved_and_the_last_good_checkpoint_stays(
+        call, game, whole_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    step = torch.optim.AdamW.step
+
+    def broken(self, *args):
+        step(self, *args)
+        self.param_groups[0]["params"][0].data[0, 0] = torch.nan
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    options = "--init_from=resume", "--steps=7", "--eval_every=0"
+    status, _, error = call(train, *options, f"--data={game}/without_reasoning", f"--out={run}")
+    assert status == 2 and "holds nan or infinity after step 7; last good:" in error
+    assert_same_weights(run, whole_run)

@@ -76,6 +76,7 @@ class TextStream:
 
 def take_steps(generator, streams: list[TextStream], max_new_tokens: int):
     """Give every text that has not ended a token at each `next`, then end all of them."""
+    filler = generator.think and generator.model.config.filler
     for _ in range(max_new_tokens):
         output = generator.step()
         growing = [(row, stream) for row, stream in enumerate(streams) if not stream.ended]
@@ -83,15 +84,17 @@ def take_steps(generator, streams: list[TextStream], max_new_tokens: int):
             token = Token(int(output.token_B[row]))
             thought_T = output.thought_BT[row] if output.thinks_B[row] else None
             describe(token, stream.tokenizer, output.base_logp_BV[row], output.mixed_logp_BV[row],
-                     output.mixing_weight_B[row], thought_T)
+                     output.mixing_weight_B[row], thought_T, filler)
             stream.push(token)
         yield
     for stream in streams:
         stream.end()
 
 
-def describe(token: Token, tokenizer, base_logp_V, mixed_logp_V, mixing_weight, thought_T):
-    """Fill in how thinking changed the prediction; `thought_T` is None if there was no thought."""
+def describe(token: Token, tokenizer, base_logp_V, mixed_logp_V, mixing_weight, thought_T,
+             filler: bool = False):
+    """Fill in how thinking changed the prediction; `thought_T` is None if there was no thought. A
+    `filler` model reads the start marker instead of each token of its thought."""
     token.logp = float(mixed_logp_V[token.id])
     token.gain = token.logp - float(base_logp_V[token.id])
     token.entropy = float(torch.special.entr(base_logp_V.exp()).sum())
@@ -99,7 +102,8 @@ def describe(token: Token, tokenizer, base_logp_V, mixed_logp_V, mixing_weight, 
     if thought_T is not None:
         token.thinks = True
         token.mixing_weight = float(mixing_weight)
-        token.thought = tokenizer.decode(thought_T.tolist())
+        ids = [tokenizer.vocab_size] * len(thought_T) if filler else thought_T.tolist()
+        token.thought = tokenizer.decode(ids)
 
 
 def _likeliest(logp_V, tokenizer) -> tuple:
