@@ -21,7 +21,7 @@ import config
 from checkpoint import find_checkpoint, load_for_inference
 from config import UserError
 from inference import Generator, row_generators
-from scoring import states_at
+from scoring import check_context, states_at
 from thoughts import QuietSTaR, base_model, every_position, logits_without_markers
 from tokenizer import load_tokenizer
 from tools.gate import read_gate
@@ -71,10 +71,9 @@ def teacher_forced(model, tokenizer, ids: list[int], think=True, gate=None) -> T
     """
     base = base_model(model)
     think = think and isinstance(model, QuietSTaR)
-    branch_len = model.config.thought_len + model.config.n_true + 1 if think else 0
-    longest = base.config.max_seq_len - branch_len
-    if not 2 <= len(ids) <= longest:
-        raise UserError(f"the text is {len(ids)} tokens: 2 to {longest} fit beside a thought")
+    check_context(model, len(ids), model.config.n_true if think else None)
+    if len(ids) < 2:
+        raise UserError(f"the text is {len(ids)} token, and one predicts no other: give more text")
     # a thought at every position; position j predicts token j + 1
     ids_1L = torch.tensor([ids], device=base.embed.weight.device)
     position_1P = every_position(ids_1L)

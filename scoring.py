@@ -60,6 +60,16 @@ def load_task(name: str):
     return importlib.import_module(f"tasks.{name}")
 
 
+def check_context(model, n_tokens: int, n_true: int | None = 1):
+    """Raise UserError if a text, and a thought with `n_true` true tokens at its end, are longer
+    than the model's context. `n_true` None: nobody thinks."""
+    context_len = base_model(model).config.max_seq_len
+    branch_len = 0 if n_true is None else model.config.thought_len + n_true + 1
+    if n_tokens + branch_len > context_len:
+        raise UserError(f"a text of {n_tokens} tokens, and {branch_len} for a thought, exceed the "
+                        f"context of {context_len}: shorten the text (--seq_len) or the thoughts")
+
+
 def pad_ids(rows: list, device=None):
     """Right-pad lists of ids with 0: ids_BL and length_B."""
     lengths = [len(ids) for ids in rows]
@@ -83,6 +93,7 @@ def pack_positions(where_BL):
 def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
     """States from which the R real positions predict: base_RD, mixed_RD (base_RD itself if nobody
     thinks), mixing weight_R, thought_RT."""
+    check_context(model, ids_BL.shape[1], n_true=1 if thinks(model, thoughts) else None)
     if not thinks(model, thoughts):
         context = CausalContext(every_position(ids_BL, last=True))
         hidden_BLD = base_model(model)(ids_BL, context)

@@ -28,7 +28,7 @@ import distributed
 from config import UserError
 from data import RNG_THOUGHTS, RNG_WEIGHTS, Batches, TokenFile, seed_of
 from model import Mistral, ModelConfig
-from scoring import evaluate_held_out, load_task
+from scoring import check_context, evaluate_held_out, load_task
 from thoughts import PlainObjective, QuietSTaR, ThoughtConfig, base_model, denominators
 from tokenizer import dash_id, load_tokenizer
 from tools.one_pass import MANY, use_one_pass
@@ -250,10 +250,7 @@ def main():
     base = base_model(model)
     base.recompute = cfg.recompute
     is_quiet = isinstance(model, QuietSTaR)
-    branch_len = thought_cfg.thought_len + thought_cfg.n_true + 1 if is_quiet else 0
-    if cfg.seq_len + branch_len > base.config.max_seq_len:
-        raise UserError(f"--seq_len={cfg.seq_len} and {branch_len} for a thought and its true "
-                        f"tokens exceed the context of {base.config.max_seq_len}")
+    check_context(model, cfg.seq_len, thought_cfg.n_true if is_quiet else None)
     settings = asdict(cfg) | asdict(base.config) | asdict(thought_cfg)
     step = state["step"] if state else 0
     facts = {"step": step, "tokenizer": tokenizer.sha256}

@@ -44,9 +44,27 @@ for seed in 0 1 2; do
     --eval_task=dates --eval_every=10 --eval_texts=64 --save_every=10
 done
 
+# What REINFORCE is worth where there is more to learn: a base of fewer steps, which reasons right
+# about half of the time, then Quiet-STaR and the same without REINFORCE (17 minutes a seed)
+for seed in 0 1 2; do
+  [ -d $out/half-base-$seed/step-000072 ] || python train.py --objective=plain --seed=$seed \
+    --init_from="$(from $out/half-base-$seed out/SmolLM2-135M)" --out=$out/half-base-$seed \
+    --dtype=$DTYPE --data=data/dates/with_reasoning --steps=72 --batch_size=16 --seq_len=36 \
+    --lr=2e-4 --min_lr=2e-5 --warmup=5 --weight_decay=0 --eval_every=0 --save_every=24
+  for run in half-thinking:10 half-no-reinforce:0; do
+    name="${run%:*}-$seed"
+    [ -d $out/$name/step-000030 ] || python train.py --seed=$seed --policy_weight=${run#*:} \
+      --init_from="$(from $out/$name $out/half-base-$seed)" --out=$out/$name --dtype=$DTYPE \
+      --data=data/dates/without_reasoning --steps=30 --batch_size=16 --grad_accum=4 --seq_len=26 \
+      --lr=5e-5 --min_lr=1e-5 --warmup=5 --weight_decay=0 --positions=uncertain \
+      --think_share=0.12 --thought_len=8 --n_true=1 --n_thoughts=4 --policy_temperature=1 \
+      --marker_lr=5 --mixing_lr=4 --eval_task=dates --eval_every=10 --eval_texts=64 --save_every=10
+  done
+done
+
 # Score 500 held-out lines with each model, of held-out and of seen combinations (half a minute each)
 for seed in 0 1 2; do
-  for name in base plain filler no-reinforce thinking; do
+  for name in base plain filler no-reinforce thinking half-base half-no-reinforce half-thinking; do
     [ -f $out/json/$seed-$name.json ] || python eval.py --checkpoint=$out/$name-$seed --texts=500 \
       --data=data/dates/without_reasoning --task=dates --seq_len=26 --batch_size=50 \
       --out=$out/json/$seed-$name.json > /dev/null
@@ -61,9 +79,11 @@ for seed in 0 1 2; do
   [ -f $out/json/$seed-thinking-shuffled.json ] || python eval.py --checkpoint=$out/thinking-$seed \
     --data=data/dates/without_reasoning --texts=500 --task=dates --seq_len=26 --batch_size=50 \
     --thoughts=shuffled --out=$out/json/$seed-thinking-shuffled.json > /dev/null
-  [ -f $out/json/$seed-base-aloud.json ] || python eval.py --checkpoint=$out/base-$seed \
-    --data=data/dates/without_reasoning --texts=500 --task=dates --seq_len=26 --batch_size=50 \
-    --thoughts=aloud --thought_len=8 --out=$out/json/$seed-base-aloud.json > /dev/null
+  for name in base half-base; do
+    [ -f $out/json/$seed-$name-aloud.json ] || python eval.py --checkpoint=$out/$name-$seed \
+      --data=data/dates/without_reasoning --texts=500 --task=dates --seq_len=26 --batch_size=50 \
+      --thoughts=aloud --thought_len=8 --out=$out/json/$seed-$name-aloud.json > /dev/null
+  done
 done
 python -m tools.figures --kind=table --input="$(ls $out/json/*.json | paste -sd,)"
 python -m tools.figures --kind=learning --out=$out/learning.png --chance=0.143 \

@@ -105,15 +105,19 @@ class QuietStarLM(TemplateLM):
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         requests_of = defaultdict(list)
         for i, request in enumerate(requests):
-            requests_of[self._options(request.args[1])].append(i)
+            stops, temperature, most = self._options(request.args[1])
+            room = self.max_length - len(prompts[i])
+            if room < 1:
+                raise UserError(f"a prompt of {len(prompts[i])} tokens leaves no room for an answer "
+                                f"in a context of {self.max_length}")
+            requests_of[stops, temperature, min(most, room)].append(i)
         texts = [""] * len(requests)
         for (stops, temperature, max_new_tokens), numbers in requests_of.items():
             numbers.sort(key=lambda i: -len(prompts[i]))
-            room = self.max_length - max_new_tokens
             for batch in self._batches(numbers, "generate_until"):
                 said = complete(
                     self.quiet,
-                    [prompts[i][-room:] for i in batch],
+                    [prompts[i] for i in batch],
                     self.text_tokenizer, max_new_tokens,
                     stop=lambda row, text: cut_at(text, stops)[1],
                     think=self.thoughts == "own",
@@ -133,10 +137,10 @@ class QuietStarLM(TemplateLM):
     def _options(self, options):
         """Return stop strings, temperature (0 takes the likeliest token) and tokens at most."""
         options = normalize_gen_kwargs(options)
-        stops = tuple(options.pop("until"))
+        stops = tuple(filter(None, options.pop("until")))     # every text would end with ""
         default = options.pop("do_sample")             # True is temperature 1
         temperature = float(options.pop("temperature", default))
-        max_new_tokens = min(options.pop("max_gen_toks"), self.max_length - 1)
+        max_new_tokens = options.pop("max_gen_toks")
         for name, value in options.items():
             if value not in (None, 0, 1.0):
                 raise UserError(f"generation option '{name}': {value} is not supported")

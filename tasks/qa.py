@@ -39,7 +39,8 @@ CONCLUSION = {
     "gsm8k": "\nTherefore, the answer (arabic numerals) is",                 # the official code's
     "commonsense_qa": "\nTherefore, among A through E, the answer is"}       # arXiv 2205.11916
 CONCLUSION_TOKENS = 12                    # the official code's
-VOTE_PATTERN = {"gsm8k": r"-?\s?\$?\d[\d,]*(?:\.\d+)?", "commonsense_qa": r"\b[A-E]\b"}
+NUMBER = r"[-−+]?\s?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]*\.?[0-9]+)"
+VOTE_PATTERN = {"gsm8k": NUMBER, "commonsense_qa": r"\b[A-E]\b"}
 
 
 @dataclass
@@ -101,10 +102,14 @@ def _commonsense_qa(row):
 
 def number_in(text):
     """Write a number plainly: '$1,450.' is '1450', '- 3.0' is '-3'. Other text stays as it is."""
-    bare = re.sub(r"[\s,$]", "", text).rstrip(".")
-    if not re.fullmatch(r"-?\d*\.?\d+", bare):
-        return text.strip()
-    return re.sub(r"\.0*$|(\.\d*?)0+$", r"\1", bare)
+    text = text.strip().rstrip(".")
+    if not re.fullmatch(NUMBER, text):
+        return text
+    # of any length, so as text: no zeros at either end, no sign of zero
+    whole, _, fraction = re.sub(r"[^0-9.]", "", text).partition(".")
+    fraction = fraction.rstrip("0")
+    number = (whole.lstrip("0") or "0") + (fraction and "." + fraction)
+    return "-" * (text[0] in "-−" and number != "0") + number
 
 
 def answer_tokens(tokenizer):
@@ -221,7 +226,7 @@ def count_votes(task, gold, said):
     """Return the votes in these conclusions, and how right they are, one and together."""
     def official_vote(text):              # commas, signs and decimals are lost
         match = re.search(r"\d+", text.replace(",", ""))
-        return match and int(match[0])
+        return match and (match[0].lstrip("0") or "0")
     votes = []
     for text in said:
         match = re.search(VOTE_PATTERN[task], text)

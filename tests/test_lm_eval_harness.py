@@ -106,6 +106,19 @@ def test_what_it_generates_is_the_greedy_continuation_up_to_the_first_stop(schoo
         lm.generate_until(requests((prompt, dict(until=[], top_p=0.9))))
 
 
+def test_an_empty_stop_string_stops_nothing_and_a_prompt_is_never_cut(school):
+    lm = lm_eval_harness.QuietStarLM(f"{school}/quiet")
+
+    def said(prompt, **options):
+        return lm.generate_until(requests((prompt, options)))[0]
+    prompt = "Q: " + "many words " * 9
+    short = said(prompt, until=[], max_gen_toks=4)
+    assert short and said(prompt, until=[""], max_gen_toks=4) == short
+    assert said(prompt, until=[], max_gen_toks=100_000).startswith(short)
+    with pytest.raises(UserError, match="leaves no room for an answer"):
+        said("many words " * lm.max_length, until=[], max_gen_toks=4)
+
+
 LOCAL_TASK = """include: {library}/tasks/{spec}
 task: {task}
 dataset_path: json

@@ -1,10 +1,12 @@
 """GSM8K and CommonsenseQA: an answer depends on nothing but model, question and seed, and its score
 is that of the official code, quirks and all, with plainer ones beside it."""
 import json
+import random
 import os
 import re
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -442,9 +444,30 @@ def test_the_likelihood_is_of_the_whole_answer_and_the_best_letter_of_five_is_ch
 
 @pytest.mark.parametrize("said, number", [
     (" 1,450", "1450"), ("-10", "-10"), (" $1,000.", "1000"), ("3.50", "3.5"), ("- 7", "-7"),
-    ("72.0", "72"), ("seven", "seven"), ("4 or 5", "4 or 5"), ("", ""), (".5", ".5")])
+    ("72.0", "72"), ("seven", "seven"), ("4 or 5", "4 or 5"), ("", ""), (".5", "0.5"),
+    (" −10", "-10"), ("+5", "5"), ("007", "7"), ("12 13", "12 13"), ("12,13", "12,13"),
+    ("1,234,567.80", "1234567.8"), ("-0", "0"), ("100", "100"), ("٣", "٣"), ("-", "-"),
+    ("9" * 5000, "9" * 5000)])
 def test_numbers_are_compared_with_their_sign_and_without_commas(said, number):
     assert qa.number_in(said) == number
+
+
+def test_a_number_written_in_any_usual_way_is_the_same_number():
+    rng = random.Random(0)
+    for _ in range(500):
+        value = Decimal(rng.randint(-10**6, 10**6)).scaleb(-rng.randint(0, 3))
+        plain = f"{abs(value):,f}" if rng.random() < 0.5 else f"{abs(value):f}"
+        sign = rng.choice(["-", "−", "- "]) if value < 0 else rng.choice(["", "+"])
+        written = f" {sign}{rng.choice(['', '$'])}{plain}{rng.choice(['', '.'])}"
+        assert Decimal(qa.number_in(written)) == value, written
+        assert qa.number_in(written) == qa.number_in(f"{value:f}")
+        votes, _ = qa.count_votes("gsm8k", "", [f"It is{written.rstrip('.')} dollars"])
+        assert Decimal(votes[0]) == value
+
+
+@pytest.mark.parametrize("said, gold, right", [(".5", "5", 0), ("−10", "-10", 1), ("+5", "5", 1)])
+def test_a_vote_counts_what_was_said(said, gold, right):
+    assert qa.count_votes("gsm8k", gold, [said])[1]["majority"] == [right]
 
 
 def test_both_forms_of_commonsense_qa_give_the_same_questions(tmp_path):

@@ -342,8 +342,8 @@ def test_a_mistake_is_one_line(call, checkpoint, game, tmp_path, monkeypatch):
     for argv, words in (
             ([given], "the prompt is empty"), ([given, "--prompt="], "the prompt is empty"),
             ([given, f"--prompt={long}"], "context is 64 with 5 kept for thoughts"),
-            ([given, f"--text-file={text}"], "2 to 58 fit beside a thought"),
-            ([given, f"--text-file={tmp_path}/one.txt"], "text is 1 tokens: 2 to 58 fit"),
+            ([given, f"--text-file={text}"], "exceed the context of 64"),
+            ([given, f"--text-file={tmp_path}/one.txt"], "the text is 1 token, and one predicts no other"),
             ([given, f"--text-file={tmp_path}/latin.txt"], "latin.txt: it is not UTF-8 text"),
             ([given, f"--text-file={tmp_path}/none.txt"], "none.txt"),
             ([given, f"--text-file={text}", "--prompt=ball"], "give one of"),

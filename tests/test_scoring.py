@@ -155,3 +155,16 @@ def test_reasoning_aloud_is_text_between_two_dashes_and_then_the_answer():
 def next_logits(base, ids):
     ids_BL = torch.tensor([ids])
     return base.head(base(ids_BL, CausalContext(torch.arange(len(ids))[None])))[0, -1]
+
+
+@pytest.mark.parametrize("thoughts, longest", [("own", 11), ("shuffled", 11), ("none", 16)])
+def test_no_text_is_scored_beyond_the_context(thoughts, longest):
+    quiet = tiny_quiet(model=dict(max_seq_len=16), n_thoughts=1)      # 5 tokens beside the text
+    for n_tokens in (longest, longest + 1):
+        where_BL = torch.ones(2, n_tokens, dtype=torch.bool)
+        where_BL[:, -1] = False
+        if n_tokens == longest:
+            score(quiet, texts(2, n_tokens), where_BL, thoughts=thoughts)
+        else:
+            with pytest.raises(UserError, match="exceed the context of 16"):
+                score(quiet, texts(2, n_tokens), where_BL, thoughts=thoughts)
