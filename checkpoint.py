@@ -92,6 +92,8 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = tor
         if stored_config:
             settings = thought_config or stored_config
             model = QuietSTaR(base, replace(settings, marker_ids=stored_config.marker_ids))
+    if shape.tied:
+        _check_tied_head(path, layout, tensors)
     for name, theirs in _checked_names(path, model, layout, tensors).items():
         tensor = tensors[theirs].read(dtype, device)
         if layout == "mistral":
@@ -150,6 +152,14 @@ def _find_files(folder: Path) -> tuple[Path, Path]:
             return folder / config_name, folder / name
     raise UserError(f"{folder} holds no whole checkpoint: config.json and {WEIGHTS} or its index, "
                     f"or params.json and {MISTRAL_WEIGHTS}; see docs/CHECKPOINTS.md for .bin files")
+
+
+def _check_tied_head(path: Path, layout: str, tensors: dict) -> None:
+    """Raise UserError if there is a head of its own, although the config says that it is tied."""
+    embed, head = (tensors.get(file_name(f"{name}.weight", layout)) for name in ("embed", "head"))
+    if embed and head and not torch.equal(embed.read(None, "cpu"), head.read(None, "cpu")):
+        raise UserError(f"{path}: tie_word_embeddings is true, but the head in the file is not the "
+                        "embedding: write false if the head is meant")
 
 
 def _checked_names(path: Path, model: nn.Module, layout: str, tensors: dict) -> dict[str, str]:
@@ -212,7 +222,9 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
         _write(folder / INDEX, json.dumps(index))
     if tokenizer:
         tokenizer.copy_to(folder)
-        given |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+        others = sorted(tokenizer.ends - {tokenizer.bos, tokenizer.eos})
+        ends = [tokenizer.eos, *others] if others else tokenizer.eos
+        given |= {"bos_token_id": tokenizer.bos, "eos_token_id": ends}
     _write(folder / "config.json", json.dumps(given, indent=1))
 
 

@@ -223,8 +223,7 @@ def complete(model, prompts, tokenizer, max_new_tokens: int, stop, think=True, t
     for _ in range(max_new_tokens):
         token_B = generator.step().token_B
         for row, token in zip(rows, token_B.tolist()):
-            is_end = token in (tokenizer.eos, tokenizer.bos)
-            ended = is_end or row not in going
+            ended = token in tokenizer.ends or row not in going
             if not ended:
                 texts[row] += streams[row].push(token)
             if ended or stop(row, texts[row]):

@@ -16,26 +16,25 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from config import UserError, atomic_write, file_errors
+from config import UserError, atomic_write, file_errors, read_json
 from formats.gguf import gguf_tokenizer
 
-START_THOUGHT, END_THOUGHT = "<|startthought|>", "<|endthought|>"
 TOKENIZER_FILES = "tokenizer.model tokenizer.model.v3 tekken.json tokenizer.json words.json".split()
 # GPT-2's expression between single digits, in one: white space before a digit stays whole.
 _ONE_DIGIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
 class Tokenizer:
-    """Base class. `encode` makes ids below `vocab_size`; `bos` and `eos` are ids or None. `pieces`
-    has the bytes of each id, then of the two markers of a thought. `load_tokenizer` adds `path`,
-    `content`, `sha256`, a subclass `name`, the usual one of its file, and `_encode(text) -> ids`.
-    """
+    """Base class. `encode` makes ids below `vocab_size`; `pieces` has the bytes of each. `bos` and
+    `eos` are ids or None, `ends` all ids that end a text. `load_tokenizer` adds `path`, `content`,
+    `sha256`, a subclass `name`, the usual one of its file, and `_encode(text) -> ids`."""
     sample = "  a " + "".join(map(chr, range(32, 127))) + "\n\tb"     # text that must survive
 
     def __init__(self, pieces, bos, eos, space_first=False):
         self.vocab_size = len(pieces)
         self.bos, self.eos = bos, eos
-        self.pieces = [*pieces, START_THOUGHT.encode(), END_THOUGHT.encode()]
+        self.ends = {eos, bos} - {None}
+        self.pieces = pieces
         self.space_first = space_first            # `_encode` puts a space before every text
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
@@ -198,8 +197,18 @@ def load_tokenizer(path) -> Tokenizer:
                         "it is truncated or a git-lfs pointer, or else another of the model's "
                         f"{', '.join(TOKENIZER_FILES[:4])}") from None
     tokenizer.path, tokenizer.content = str(path), content
+    tokenizer.ends |= _ends_of_model(path.parent)
     tokenizer.sha256 = hashlib.sha256(content).hexdigest()
     return tokenizer
+
+
+def _ends_of_model(folder: Path) -> set[int]:
+    """Return the ids that end a text by the model's own files: a fine-tune for chat has others."""
+    ends = set()
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        found = read_json(path).get("eos_token_id") if path.exists() else None
+        ends |= {found} if isinstance(found, int) else set(found or ())
+    return ends
 
 
 def dash_id(tokenizer: Tokenizer) -> int:
@@ -239,8 +248,12 @@ def _byte_level(spec):
             regex = _ONE_DIGIT
         case _:
             raise ValueError(f"normalizer, pre_tokenizer and model are {shape}")
-    vocab = spec["model"]["vocab"]
-    merged = ["".join(merge).replace(" ", "") for merge in spec["model"]["merges"]]
+    model = spec["model"]
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "byte_fallback"):
+        if model.get(name):
+            raise ValueError(f"{name} is {model[name]}")
+    vocab = model["vocab"]
+    merged = ["".join(merge).replace(" ", "") for merge in model["merges"]]
     ids = dict.fromkeys(vocab[piece] for piece in merged)
     if list(ids) != sorted(ids):
         raise ValueError("merges are not in the order of their ids, and tiktoken's are")
@@ -252,7 +265,13 @@ def _byte_level(spec):
     others = [b for b in range(256) if b not in printable]
     letters = map(chr, [*printable, *range(256, 512)])
     byte = dict(zip(letters, printable + others))
-    ranks = {bytes(map(byte.get, piece)): i for piece, i in vocab.items() if piece not in added}
+    # What no merge makes is never an id of text; tiktoken would find it.
+    unmade = {piece for piece in vocab if len(piece) > 1} - {*merged, *added}
+    if unmade and model.get("ignore_merges"):
+        raise ValueError(f"no merge makes {min(unmade)}, and ignore_merges is true")
+    special |= {vocab[piece]: bytes(map(byte.get, piece)) for piece in unmade}
+    no_text = unmade | added.keys()
+    ranks = {bytes(map(byte.get, piece)): i for piece, i in vocab.items() if piece not in no_text}
     bos = added.get("<|begin_of_text|>", added.get("<s>"))
     eos = added.get("<|endoftext|>", added.get("<|end_of_text|>", added.get("</s>")))
     return regex, ranks, special, bos, eos

@@ -132,7 +132,7 @@ def _hf_windows(given: dict, path: Path) -> tuple[int, ...]:
     unused = family == "llama" or (family == "qwen2" and not given.get("use_sliding_window"))
     if unused or not window:
         return ()
-    if family == "mistral":
+    if family == "mistral" and not given.get("layer_types"):
         return (window,)
     types = given.get("layer_types") or ["no"]
     if not set(types) <= {"sliding_attention", "full_attention"}:
@@ -207,9 +207,12 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     """Map the tensors of a .safetensors file, or of all files that an index (.json) names. Raises
     UserError if a file is missing, cut short, or something else."""
     if path.suffix == ".json":
-        files = set(read_json(path).get("weight_map", {}).values())
-        shards = [open_tensors(path.parent / file) for file in sorted(files)]
-        return {name: tensor for shard in shards for name, tensor in shard.items()}
+        file_of = read_json(path).get("weight_map", {})
+        shards = {file: open_tensors(path.parent / file) for file in sorted({*file_of.values()})}
+        absent = [name for name, file in file_of.items() if name not in shards[file]]
+        if absent:
+            raise UserError(f"{path} names {min(absent)}, but {file_of[min(absent)]} lacks it")
+        return {name: shards[file][name] for name, file in file_of.items()}
     try:
         mapped = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -22,14 +22,14 @@ mkdir -p $out/json
   --min_lr=2e-5 --warmup=5 --weight_decay=0 --eval_every=0 --save_every=22
 
 # 2. Quiet-STaR on lines without any reasoning: the positions where the base is least certain think
-#    (7 minutes)
-[ -d $out/thinking-$SEED/step-000030 ] || python train.py --seed=$SEED \
+#    (11 minutes)
+[ -d $out/thinking-$SEED/step-000045 ] || python train.py --seed=$SEED \
   --init_from="$(from $out/thinking-$SEED $out/base-$SEED)" --out=$out/thinking-$SEED \
-  --dtype=$DTYPE --data=data/dates/without_reasoning --steps=30 --batch_size=16 --grad_accum=4 \
-  --seq_len=26 --lr=5e-5 --min_lr=1e-5 --warmup=5 --weight_decay=0 \
+  --dtype=$DTYPE --data=data/dates/without_reasoning --steps=45 --batch_size=16 --grad_accum=4 \
+  --seq_len=26 --lr=5e-5 --min_lr=5e-6 --warmup=5 --weight_decay=0 \
   --positions=uncertain --think_share=0.12 --thought_len=8 --n_true=1 --n_thoughts=4 \
   --policy_weight=10 --policy_temperature=1 --marker_lr=5 --mixing_lr=4 \
-  --eval_task=dates --eval_every=10 --eval_texts=64 --save_every=10
+  --eval_task=dates --eval_every=15 --eval_texts=64 --save_every=15
 
 # 3. A thought, and 500 held-out lines scored without and with thoughts (1 minute)
 python sample.py --checkpoint=$out/thinking-$SEED --show-thoughts --max_new_tokens=1 \

@@ -17,31 +17,31 @@ done
 
 # Control: plain training goes on (1 minute a seed)
 for seed in 0 1 2; do
-  [ -d $out/plain-$seed/step-000030 ] || python train.py --objective=plain --seed=$seed \
+  [ -d $out/plain-$seed/step-000045 ] || python train.py --objective=plain --seed=$seed \
     --init_from="$(from $out/plain-$seed $out/base-$seed)" --out=$out/plain-$seed --dtype=$DTYPE \
-    --data=data/dates/without_reasoning --steps=30 --batch_size=16 --seq_len=26 --lr=5e-5 \
-    --min_lr=1e-5 --warmup=5 --weight_decay=0 --eval_task=dates --eval_every=10 --eval_texts=64 \
-    --save_every=10
+    --data=data/dates/without_reasoning --steps=45 --batch_size=16 --seq_len=26 --lr=5e-5 \
+    --min_lr=5e-6 --warmup=5 --weight_decay=0 --eval_task=dates --eval_every=15 --eval_texts=64 \
+    --save_every=15
 done
 
 # Controls: without REINFORCE, then filler tokens (7 minutes a seed, and 2)
 for seed in 0 1 2; do
-  [ -d $out/no-reinforce-$seed/step-000030 ] || python train.py --seed=$seed \
+  [ -d $out/no-reinforce-$seed/step-000045 ] || python train.py --seed=$seed \
     --init_from="$(from $out/no-reinforce-$seed $out/base-$seed)" --out=$out/no-reinforce-$seed \
-    --dtype=$DTYPE --data=data/dates/without_reasoning --steps=30 --batch_size=16 --grad_accum=4 \
-    --seq_len=26 --lr=5e-5 --min_lr=1e-5 --warmup=5 --weight_decay=0 \
+    --dtype=$DTYPE --data=data/dates/without_reasoning --steps=45 --batch_size=16 --grad_accum=4 \
+    --seq_len=26 --lr=5e-5 --min_lr=5e-6 --warmup=5 --weight_decay=0 \
     --positions=uncertain --think_share=0.12 --thought_len=8 --n_true=1 --n_thoughts=4 \
     --policy_weight=0 --policy_temperature=1 --marker_lr=5 --mixing_lr=4 \
-    --eval_task=dates --eval_every=10 --eval_texts=64 --save_every=10
+    --eval_task=dates --eval_every=15 --eval_texts=64 --save_every=15
 done
 for seed in 0 1 2; do
-  [ -d $out/filler-$seed/step-000030 ] || python train.py --seed=$seed --filler \
+  [ -d $out/filler-$seed/step-000045 ] || python train.py --seed=$seed --filler \
     --init_from="$(from $out/filler-$seed $out/base-$seed)" --out=$out/filler-$seed \
-    --dtype=$DTYPE --data=data/dates/without_reasoning --steps=30 --batch_size=16 \
-    --seq_len=26 --lr=5e-5 --min_lr=1e-5 --warmup=5 --weight_decay=0 \
+    --dtype=$DTYPE --data=data/dates/without_reasoning --steps=45 --batch_size=16 \
+    --seq_len=26 --lr=5e-5 --min_lr=5e-6 --warmup=5 --weight_decay=0 \
     --positions=uncertain --think_share=0.12 --thought_len=8 --n_true=1 --n_thoughts=1 \
     --policy_weight=0 --policy_temperature=1 --marker_lr=5 --mixing_lr=4 \
-    --eval_task=dates --eval_every=10 --eval_texts=64 --save_every=10
+    --eval_task=dates --eval_every=15 --eval_texts=64 --save_every=15
 done
 
 # What REINFORCE is worth where there is more to learn: a base of fewer steps, which reasons right
@@ -53,12 +53,12 @@ for seed in 0 1 2; do
     --lr=2e-4 --min_lr=2e-5 --warmup=5 --weight_decay=0 --eval_every=0 --save_every=24
   for run in half-thinking:10 half-no-reinforce:0; do
     name="${run%:*}-$seed"
-    [ -d $out/$name/step-000030 ] || python train.py --seed=$seed --policy_weight=${run#*:} \
+    [ -d $out/$name/step-000045 ] || python train.py --seed=$seed --policy_weight=${run#*:} \
       --init_from="$(from $out/$name $out/half-base-$seed)" --out=$out/$name --dtype=$DTYPE \
-      --data=data/dates/without_reasoning --steps=30 --batch_size=16 --grad_accum=4 --seq_len=26 \
-      --lr=5e-5 --min_lr=1e-5 --warmup=5 --weight_decay=0 --positions=uncertain \
+      --data=data/dates/without_reasoning --steps=45 --batch_size=16 --grad_accum=4 --seq_len=26 \
+      --lr=5e-5 --min_lr=5e-6 --warmup=5 --weight_decay=0 --positions=uncertain \
       --think_share=0.12 --thought_len=8 --n_true=1 --n_thoughts=4 --policy_temperature=1 \
-      --marker_lr=5 --mixing_lr=4 --eval_task=dates --eval_every=10 --eval_texts=64 --save_every=10
+      --marker_lr=5 --mixing_lr=4 --eval_task=dates --eval_every=15 --eval_texts=64 --save_every=15
   done
 done
 

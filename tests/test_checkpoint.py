@@ -580,7 +580,7 @@ def test_a_tensor_that_the_files_of_an_index_lack_is_named(whole):
     tensors = load_file(whole / file)
     del tensors["lm_head.weight"]
     save_file(tensors, whole / file)
-    assert error_of(whole) == f"{whole} lacks tensors: lm_head.weight (1 in all)"
+    assert error_of(whole) == f"{path} names lm_head.weight, but {file} lacks it"
 
 
 @pytest.mark.parametrize("config_name, pickled", [
@@ -770,3 +770,51 @@ def test_two_gigabytes_in_four_shards_load_in_little_more_than_their_size(dtype,
     assert size == n_bytes / (1 if dtype == "float32" else 2) > 1e9
     assert used < size + 300e6, f"{used / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
     assert ours < 1.5 * theirs, f"{ours:.2f} s, safetensors alone {theirs:.2f} s"
+
+
+def test_mistral_with_layer_types_has_the_windows_that_these_name(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    family, changes = FAMILIES["ministral ragged"]
+    theirs = their_model(transformers, family, **changes)
+    theirs.save_pretrained(tmp_path)
+    given = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "mistral"}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    assert_close(logits(load_model(tmp_path)), their_logits(theirs))
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused_and_an_equal_one_is_not(tmp_path):
+    model = tiny_mistral(tied=True)
+    save_model(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
+    assert_same_parameters(load_model(tmp_path), model)
+    save_file(tensors | {"lm_head.weight": embedding + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(config.UserError, match="tie_word_embeddings is true, but the head"):
+        load_model(tmp_path)
+
+
+def test_of_two_copies_of_a_tensor_the_index_decides_and_what_it_names_must_be_there(tmp_path):
+    model = tiny_mistral()
+    save_model(model, tmp_path, shard_bytes=2000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    for name in sorted({*index["weight_map"].values()}):         # a copy of other values, everywhere
+        tensors = load_file(tmp_path / name)
+        others = {n: torch.zeros(3) for n in index["weight_map"] if n not in tensors}
+        save_file(tensors | others, tmp_path / name)
+    assert_same_parameters(load_model(tmp_path), model)
+    index["weight_map"]["model.absent.weight"] = name
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(config.UserError, match="names model.absent.weight, but .* lacks it"):
+        load_model(tmp_path)
+
+
+def test_a_saved_model_keeps_all_ids_that_end_a_text(tmp_path):
+    """As of a fine-tune for chat: the end of its turns is not the tokenizer's own end."""
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    source.mkdir()
+    (source / "words.json").write_text(json.dumps(dict(words=[*"abcdefghij"], bos=None, eos="a")))
+    (source / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    tokenizer = load_tokenizer(source)
+    save_model(tiny_mistral(vocab_size=tokenizer.vocab_size), saved, tokenizer=tokenizer)
+    assert {5, 7} <= load_tokenizer(saved).ends == tokenizer.ends

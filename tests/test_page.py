@@ -9,7 +9,8 @@ import browser
 import sample
 from checkpoint import save_model
 from config import printable
-from tokenizer import START_THOUGHT, Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
+from tools.show import START_THOUGHT
 from tools import page
 from tools.gate import Gate
 from tools.show import Token

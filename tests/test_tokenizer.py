@@ -16,7 +16,8 @@ import data
 import tokenizer as tokenizers
 from config import UserError
 from data import train_tokenizer
-from tokenizer import END_THOUGHT, START_THOUGHT, dash_id, has_tokenizer, load_tokenizer
+from tokenizer import dash_id, has_tokenizer, load_tokenizer
+from tools.show import START_THOUGHT
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[1] / "../shared/data"))
 LINES = [f"{who} has {n} apples, buys {n * 7} more — and doesn't eat {what}: {n * 8 % 97}."
@@ -28,6 +29,7 @@ TEXTS = ["", "a", " ", "   ", " lead", "trail ", "  two  spaces   three ", "\tta
          "don't WE'LL i'm 's 't '", "def f(x):\n    return x  # \\n",
          "\0 \x01\x7f \u200b\u00a0\u2028 \ufeff \ufffd", "𝔘𝔫𝔦 \U00042000 \U0010ffff",
          "a" * 300 + " " * 50 + "!" * 50]
+END_THOUGHT = "<|endthought|>"
 SPECIALS = ["<s>", "</s>", "<unk>", "[INST]", "<|endoftext|>", "<|im_start|>", "<tool>", "<0x0A>",
             "<SPECIAL_3>", "ENDOFTEXT", "<|startofthought|>", START_THOUGHT, END_THOUGHT,
             f"a{START_THOUGHT} b </s>{END_THOUGHT}"]
@@ -163,12 +165,9 @@ def test_text_never_becomes_a_special_token_or_a_marker(tokenizer):
 
 
 @pytest.mark.parametrize("tokenizer", KINDS + ["words"], indirect=True)
-def test_ids_beyond_the_vocabulary_show_as_markers_then_as_numbers(tokenizer):
+def test_ids_beyond_the_vocabulary_show_as_numbers_and_never_as_markers(tokenizer):
     n = tokenizer.vocab_size
-    assert tokenizer.decode([n, n + 1]) == "<|startthought|><|endthought|>"
-    assert tokenizer.decode([n + 2, -7, 10**9]) == f"<|{n + 2}|><|-7|><|1000000000|>"
-    thought = tokenizer.decode([n, *tokenizer.encode("a"), n + 1])
-    assert thought.replace(" ", "") == START_THOUGHT + "a" + END_THOUGHT
+    assert tokenizer.decode([n, n + 1, -7, 10**9]) == f"<|{n}|><|{n + 1}|><|-7|><|1000000000|>"
 
 
 @every_kind
@@ -227,6 +226,44 @@ def test_byte_level_ids_equal_the_librarys(made, kind):
         assert tokenizer.encode(text) == own.encode(text, add_special_tokens=False).ids, repr(text)
         expected = unicodedata.normalize("NFC", text) if kind == "qwen2" else text
         assert tokenizer.decode(tokenizer.encode(text)) == expected
+
+
+def test_a_token_that_no_merge_makes_is_no_id_of_text_as_the_library_has_it(made, tmp_path):
+    library = pytest.importorskip("tokenizers")
+    for kind, text in (("smollm2", "zebra"), ("qwen2", "quagga")):
+        spec = json.loads(made(kind).read_text())
+        n = max(*spec["model"]["vocab"].values(), *(t["id"] for t in spec["added_tokens"])) + 1
+        spec["model"]["vocab"] |= {text: n, "Ġ" + text: n + 1}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        own, ours = library.Tokenizer.from_str(json.dumps(spec)), load_tokenizer(tmp_path)
+        for sample in (text, f"a {text}", f"{text}s {text}", *TEXTS, *LINES[:9]):
+            assert ours.encode(sample) == own.encode(sample, add_special_tokens=False).ids
+        assert ours.decode([n, n + 1]) == f"{text} {text}" and ours.vocab_size == n + 2
+        spec["model"]["ignore_merges"] = True
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        with pytest.raises(UserError, match="ignore_merges is true"):
+            load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("change", [dict(continuing_subword_prefix="##"), dict(dropout=0.1),
+                                    dict(end_of_word_suffix="</w>"), dict(byte_fallback=True)])
+def test_parts_of_a_tokenizer_json_that_would_change_ids_are_refused(made, tmp_path, change):
+    spec = json.loads(made("smollm2").read_text())
+    spec["model"] |= change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=next(iter(change))):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("config, generation, ends", [
+    (dict(eos_token_id=7), None, {7}), (dict(eos_token_id=[8, 9]), dict(eos_token_id=3), {8, 9, 3}),
+    (dict(eos_token_id=None), {}, set()), (None, dict(eos_token_id=[320, 2]), {320, 2})])
+def test_a_text_ends_where_the_models_own_files_say_so_too(made, tmp_path, config, generation, ends):
+    (tmp_path / "tokenizer.model").write_bytes(made("v1").read_bytes())
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        if content is not None:
+            (tmp_path / name).write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path).ends == {1, 2} | ends
 
 
 def test_bytes_that_a_vocabulary_lacks_are_left_out_as_the_library_leaves_them_out(tmp_path):
@@ -474,7 +511,7 @@ def test_mistrals_own_tokenizers_give_mistrals_own_ids(name, n_rows):
         assert tokenizer.decode(tokenizer.encode(text, bos=True)) == text
     assert (tokenizer.vocab_size, dash_id(tokenizer)) == REAL[name]
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
-    assert tokenizer.decode([tokenizer.vocab_size]) == START_THOUGHT
+    assert tokenizer.decode([tokenizer.vocab_size]) == f"<|{tokenizer.vocab_size}|>"
 
 
 def test_ids_that_the_official_evaluation_relies_on():

@@ -12,6 +12,7 @@ import torch
 
 from config import printable
 
+START_THOUGHT = "<|startthought|>"        # how a start marker is shown
 N_LIKELIEST = 5                           # predictions kept of each token
 MATTERS = 0.1                             # nats of gain or loss; a thought of less is dimmed
 NOTE = "a thought is what raised the likelihood of the text, not a record of why"
@@ -44,7 +45,7 @@ class TextStream:
         self.tokens, self.waiting = [], []
 
     def push(self, token: Token) -> None:
-        if token.id == self.tokenizer.eos:
+        if token.id in self.tokenizer.ends:
             return self.end()
         token.text = self.decoder.push(token.id)
         self.waiting.append(token)
@@ -102,8 +103,9 @@ def describe(token: Token, tokenizer, base_logp_V, mixed_logp_V, mixing_weight, 
     if thought_T is not None:
         token.thinks = True
         token.mixing_weight = float(mixing_weight)
-        ids = [tokenizer.vocab_size] * len(thought_T) if filler else thought_T.tolist()
-        token.thought = tokenizer.decode(ids)
+        token.thought = tokenizer.decode(thought_T.tolist())
+        if filler:
+            token.thought = START_THOUGHT * len(thought_T)
 
 
 def _likeliest(logp_V, tokenizer) -> tuple:
