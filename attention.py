@@ -133,7 +133,7 @@ class TwoPartAttention(torch.autograd.Function):
             k_text_BPKE.transpose(1, 2),
             v_text_BPKE.transpose(1, 2),
             thoughts_to_heads(out),
-            thoughts_to_heads(lse).squeeze(-1),
+            thoughts_to_heads(lse).squeeze(-1).contiguous(),
             ctx.rest)
         # own part, by hand: the backward of a softmax and two products
         d_weight = torch.einsum("bnpmkge,bnpjke->bnpmkgj", d_out, v)
@@ -169,11 +169,18 @@ def heads_to_thoughts(x_BhPE, shape):
     return x_BhPE.reshape(B, K, G, N, m, P, -1).permute(0, 3, 5, 4, 1, 2, 6)
 
 
+def has_flash(q) -> bool:
+    """True if a GPU's fused kernel takes such queries: bf16, heads of 8 to 256, Ampere or later."""
+    E = q.shape[-1]
+    is_new = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return q.dtype == torch.bfloat16 and E % 8 == 0 and E <= 256 and is_new
+
+
 def attend_branch(q, branch_kv, k_text, v_text, position_BP, window, all_positions: bool):
     """Attention of branch tokens, by TwoPartAttention if `all_positions`, 0 .. P-1, think."""
     M = sum(k.shape[3] for k in branch_kv[::2])
     window_binds = window is not None and window < k_text.shape[1] + M
-    no_kernel = q.is_cuda and q.dtype == torch.float32       # the fused one there is for bf16
+    no_kernel = q.is_cuda and not has_flash(q)
     # on a CPU the kernel's backward is 8 times slower in bf16, and less accurate: use fp32 there
     dtype = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
     tensors = [t.to(dtype) for t in (q, k_text, v_text, *branch_kv)]

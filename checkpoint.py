@@ -12,9 +12,10 @@ A run writes a draft, which rank 0 renames when it is whole: a kill leaves the c
 Left out on purpose: downloading, saving while training goes on, and pickles, which can run code.
 """
 import json
+import re
 import shutil
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import config
-from config import UserError, atomic_write, file_errors, read_json, read_text, rename_folder
+from config import UserError, atomic_write, file_errors, read_json, rename_folder
 from distributed import Distributed, fail_together, pick_device
 from formats.gguf import gguf_config, gguf_tensors
 from formats.huggingface import (MARKER_SCALE, file_name, from_config, open_tensors, permute_rope,
@@ -49,18 +50,25 @@ def find_checkpoint(folder: str | Path) -> Path:
         return folder
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: name a folder that holds a checkpoint")
-    if not (folder / "latest").is_file():
-        return folder
-    whole = [path for path in (*_checkpoints(folder), last_good(folder)) if path.is_dir()]
-    if not whole:
-        raise UserError(f"{last_good(folder)} is gone, as are all other checkpoints of this run")
-    return whole[-1]
+    if pointed(folder):
+        return pointed(folder)
+    others = _checkpoints(folder)
+    if not others and (folder / "latest").is_file() and not has_config(folder):
+        raise UserError(f"{folder}/latest names no checkpoint beside it, and there is no other")
+    return others[-1] if others and not has_config(folder) else folder
 
 
-def last_good(out: Path) -> Path | str:
-    """Return the checkpoint that a run's `latest` names, or "none yet", for a message."""
+def pointed(out: Path) -> Path | None:
+    """Return the checkpoint that a run's `latest` names, if it is one beside it."""
     pointer = out / "latest"
-    return out / read_text(pointer).strip() if pointer.is_file() else "none yet"
+    name = pointer.read_bytes()[:99].decode(errors="replace") if pointer.is_file() else ""
+    return _beside(out, name.strip())
+
+
+def _beside(out: Path, name) -> Path | None:
+    """Return a run's checkpoint of this name, None if it is no such name, or not there."""
+    is_name = isinstance(name, str) and re.fullmatch("step-[0-9]+", name)
+    return out / name if is_name and (out / name).is_dir() else None
 
 
 def read_config(folder: str | Path) -> tuple[ModelConfig, ThoughtConfig | None]:
@@ -136,10 +144,28 @@ def add_thoughts(model: Mistral, settings: ThoughtConfig, dash_id: int, generato
     return quiet.to(embedding_D.device)
 
 
+def has_config(folder: Path) -> bool:
+    """Return True if the folder itself holds a model, whatever lies beside it."""
+    return (folder / "config.json").exists() or (folder / "params.json").exists()
+
+
+def has_checkpoints(out: Path) -> bool:
+    """Return True if a run has saved to this folder."""
+    return bool(pointed(out) or _checkpoints(out))
+
+
 def _checkpoints(out: Path) -> list[Path]:
-    """List a run's own checkpoints, oldest first; a copy under another name is not one."""
-    own = [path for path in out.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(own, key=lambda path: int(path.name[5:]))
+    """List a run's checkpoints: first those that another was saved after, then by step. A copy
+    under another name is not one."""
+    own = list(filter(None, (_beside(out, path.name) for path in out.glob("step-*"))))
+    followed = {_former(path) for path in own}
+    return sorted(own, key=lambda path: (path not in followed, int(path.name[5:])))
+
+
+def _former(folder: Path) -> Path | None:
+    """Return the checkpoint that the run saved before this one, if it is still there."""
+    with suppress(UserError, AttributeError):
+        return _beside(folder.parent, read_json(folder / "state.json").get("former"))
 
 
 def _find_files(folder: Path) -> tuple[Path, Path]:
@@ -236,7 +262,7 @@ def _write(path: Path, text: str) -> None:
 def save_run(out: Path, step: int, model: Mistral | QuietSTaR, optimizer, settings: dict,
              tokenizer, dist: Distributed) -> None:
     """Save a step of a run. All ranks call; raises UserError on one, and the others exit."""
-    folder, draft = out / f"step-{step:06d}", out / "draft"
+    folder, draft, former = out / f"step-{step:06d}", out / "draft", pointed(out)
     tensors = full_parameters(model, dist)
     try:
         with fail_together(dist), _written(out):
@@ -248,15 +274,24 @@ def save_run(out: Path, step: int, model: Mistral | QuietSTaR, optimizer, settin
             _transfer_moments(model, optimizer, step, draft / "optimizer", dist, save=True)
             if dist.is_main:          # all ranks have written
                 shares = sorted(path.name for path in (draft / "optimizer").iterdir())
-                state = {"step": step, "settings": settings, "shares": shares}
+                state = {"step": step, "settings": settings, "shares": shares,
+                         "former": former and former.name}
                 _write(draft / "state.json", json.dumps(state))
                 rename_folder(draft, folder)
                 _write(out / "latest", folder.name)
+                _delete_older(former)
     finally:
         if dist.is_main:
             shutil.rmtree(draft, ignore_errors=True)
-            for old in _checkpoints(out)[:-2]:
-                shutil.rmtree(old)
+
+
+def _delete_older(kept: Path | None) -> None:
+    """Delete what this run saved before the checkpoint `kept`, and nothing else."""
+    old = kept and _former(kept)
+    while old:
+        older = _former(old)
+        shutil.rmtree(old, ignore_errors=True)         # what cannot be removed stays
+        old = older if older and not old.exists() else None
 
 
 def _check_finite(tensors: dict[str, torch.Tensor], step: int) -> None:
@@ -281,7 +316,8 @@ def _written(out: Path):
     try:
         yield
     except (UserError, OSError, SafetensorError) as error:
-        raise UserError(f"cannot save to {out}: {error}; last good: {last_good(out)}") from None
+        raise UserError(f"cannot save to {out}: {error}; last good: "
+                        f"{pointed(out) or 'none yet'}") from None
 
 
 def read_state(folder: Path) -> dict:
@@ -314,7 +350,8 @@ def _or_the_one_before(folder: Path):
         others = [path for path in _checkpoints(folder.parent) if path != folder]
         if not others:
             raise
-        raise UserError(f"{error}; delete {folder} to go on from {others[-1]}") from None
+        raise UserError(f"{error}; to go on from {others[-1]}, write {others[-1].name} into "
+                        f"{folder.parent / 'latest'}") from None
 
 
 def _transfer_moments(model, optimizer, step: int, folder: Path, dist: Distributed, save: bool):

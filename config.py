@@ -10,6 +10,7 @@ settings, and executing anything. A preset is a command in runs/.
 import argparse
 import dataclasses
 import difflib
+import fcntl
 import inspect
 import json
 import math
@@ -21,6 +22,9 @@ import time
 import typing
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+OLDEST_TORCH = "2.11"
 
 
 class UserError(ValueError):
@@ -85,7 +89,10 @@ def check_at_most(settings, **most) -> None:
 
 def run(main) -> None:
     """Call `main`. A UserError becomes one line on stderr and exit status 2."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):    # of another encoding, or closed
+        stream.reconfigure(errors="backslashreplace")
     try:
+        _check_torch()
         main()
     except UserError as error:
         line = " ".join(str(error).split())
@@ -93,11 +100,17 @@ def run(main) -> None:
         sys.exit(2)
 
 
+def _check_torch() -> None:
+    version = getattr(sys.modules.get("torch"), "__version__", OLDEST_TORCH)
+    if [int(n) for n in re.findall("[0-9]+", version)[:2]] < [2, 11]:
+        raise UserError(f"torch {version} is older than {OLDEST_TORCH}: install a newer one")
+
+
 def printable(text: str, keep: str = "") -> str:
     """Escape what a terminal would obey: control characters, but `keep`, and bidi overrides."""
     def escape(match):
         return match[0] if match[0] in keep else repr(match[0])[1:-1]
-    return re.sub("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", escape, text)
+    return re.sub("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", escape, text)
 
 
 def _underscored(word: str) -> str:
@@ -158,10 +171,20 @@ def _tuple_of(kind):
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 file. Raises UserError if it is absent or not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"cannot read {path}: {reason}") from None
+        return decode_text(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def decode_text(content: bytes, source) -> str:
+    """Return text that comes in, from wherever: UTF-8, without a byte order mark, lines ending in
+    a newline alone. Raises UserError if it is not UTF-8."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {source}: it is not UTF-8 text at byte "
+                        f"{error.start}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: str | Path):
@@ -202,6 +225,24 @@ def atomic_write(path: str | Path):
     finally:
         with suppress(OSError):                              # gone, if all went well
             temporary.unlink()
+
+
+def lock_folder(folder: Path):
+    """Hold a folder for this process alone; closing the file that is returned releases it."""
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another process works in {folder}: choose another --out") from None
+    return file
+
+
+def say(line: str) -> None:
+    """Print a line, and nothing any more once nobody reads it, as when `| tee` was stopped."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def rename_folder(draft: Path, folder: Path) -> None:

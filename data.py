@@ -14,16 +14,18 @@ import json
 import zlib
 from array import array
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
 
-from config import (UserError, atomic_write, check_at_most, file_errors, parse, read_json,
-                    run)
+from config import (UserError, atomic_write, check_at_most, decode_text, file_errors, parse,
+                    read_json, run)
 from tokenizer import load_tokenizer
 
+MAX_LINE = 256 << 20                  # bytes
 # Random numbers come from generators keyed by (seed, purpose, ...), so there is no state to save.
 # Windows of text and thoughts add (step, row), generated text adds the row, weights add nothing.
 RNG_BATCHES, RNG_THOUGHTS, RNG_WEIGHTS, RNG_SAMPLING = 1, 2, 3, 4
@@ -48,24 +50,41 @@ def read_texts(paths, fields):
 
 
 def read_rows(path):
-    """Yield line number, from 1, and row. Raises UserError, with the line, for a damaged file."""
+    """Yield line number, from 1, and row; blank lines are skipped. Raises UserError, with the line,
+    for a damaged file."""
+    for line, row in _rows(path):
+        if row is not None:
+            yield line, row
+
+
+def _rows(path):
     opener = gzip.open if path.endswith(".gz") else open
     line = 0
     try:
         with opener(path, "rb") as file:
-            rows = map(json.loads, file)
+            rows = (json.loads(line) if line.strip() else None for line in _lines(file))
             if path.endswith(".txt"):
-                rows = [{"text": io.TextIOWrapper(file, "utf-8").read()}]
+                rows = [{"text": decode_text(file.read(), path)}]
             elif path.endswith(".parquet"):
                 from pyarrow.parquet import ParquetFile
                 batches = ParquetFile(file).iter_batches(batch_size=1024)
                 rows = (row for batch in batches for row in batch.to_pylist())
             for line, row in enumerate(rows, start=1):
                 yield line, row
+    except UserError:
+        raise
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{path}:{line + 1}: damaged or absent ({error}): replace it") from None
+
+
+def _lines(file):
+    """Yield the lines of a file; one that a small compressed file blows up to is refused."""
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise ValueError(f"a line of more than {MAX_LINE} bytes")
+        yield line
 
 
 def train_tokenizer(texts, vocab_size):
@@ -90,19 +109,27 @@ def is_held_out(key: str, val_share: float) -> bool:
 
 
 def prepare(texts, tokenizer, out, val_share, sources, split_key=str):
-    """Write documents as bos + tokens + eos, where the tokenizer has these; return the meta."""
+    """Write documents as bos + tokens + eos, where the tokenizer has these; return the meta. Of a
+    single document, the end is held out."""
     out = Path(out)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     end = [] if tokenizer.eos is None else [tokenizer.eos]
     lengths = {"train": array("Q"), "val": array("Q")}          # all that memory holds
     with (atomic_write(out / "train.bin") as train, atomic_write(out / "val.bin") as val,
           open(train, "wb") as train_file, open(val, "wb") as val_file):
-        for text in filter(str.strip, texts):
+        files = {"train": train_file, "val": val_file}
+        texts = filter(str.strip, texts)
+        first = list(islice(texts, 2))
+        for text in chain(first, texts):
             ids = tokenizer.encode(text, bos=True) + end
             held_out = is_held_out(split_key(text), val_share)
-            split, file = ("val", val_file) if held_out else ("train", train_file)
-            file.write(np.array(ids, dtype))
-            lengths[split].append(len(ids))
+            n_train = 0 if held_out else len(ids)
+            if len(first) == 1:
+                n_train = round((1 - val_share) * len(ids))
+            parts = {"train": ids[:n_train], "val": ids[n_train:]}
+            for split in filter(parts.get, parts):
+                files[split].write(np.array(parts[split], dtype))
+                lengths[split].append(len(parts[split]))
         (out / "meta.json").unlink(missing_ok=True)             # the files it describes go now
     for split, of_split in lengths.items():
         with atomic_write(out / f"{split}.idx.npy") as path, open(path, "wb") as file:
@@ -124,6 +151,8 @@ class TokenFile:
         try:
             self.meta = read_json(Path(folder, "meta.json"))
             self.n_tokens = self.meta["n_tokens"][split]
+            if self.meta["dtype"] not in ("uint16", "uint32"):
+                raise ValueError(f"dtype {self.meta['dtype']} is neither uint16 nor uint32")
             self.dtype = np.dtype(self.meta["dtype"])
             self.offsets = np.load(Path(folder, f"{split}.idx.npy"), mmap_mode="r")
             stored = self.path.stat().st_size / self.dtype.itemsize

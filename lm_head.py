@@ -36,7 +36,8 @@ def logits_of(hidden_RD, head_VD, masked_ids=()):
             logits_RV = torch.mm(hidden_RD, head_VD.T, out_dtype=torch.float32)
         else:
             logits_RV = F.linear(hidden_RD, head_VD).float()
-    logits_RV[:, list(masked_ids)] = -torch.inf
+    for i in masked_ids:              # one by one: a list would be copied to the GPU
+        logits_RV[:, i] = -torch.inf
     return logits_RV
 
 

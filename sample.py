@@ -105,11 +105,14 @@ def texts_of(cfg: SampleConfig):
     if cfg.text_file:
         yield config.read_text(cfg.text_file).removesuffix("\n")
     elif cfg.prompt is not None:
-        yield cfg.prompt
+        yield config.decode_text(cfg.prompt.encode(errors="surrogateescape"), "--prompt")
+    elif not sys.stdin:
+        raise UserError("standard input is closed: give --prompt")
     elif not sys.stdin.isatty():
-        yield sys.stdin.buffer.read().decode(errors="replace").removesuffix("\n")
+        yield config.decode_text(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
     else:
-        import readline                   # noqa: F401, it makes input() editable
+        with suppress(ImportError):
+            import readline               # noqa: F401, it makes input() editable
         with suppress(EOFError, KeyboardInterrupt):
             while True:
                 yield input("\n> ")

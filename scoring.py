@@ -124,7 +124,7 @@ def of_another_text(text_R) -> list[int]:
         raise UserError("--thoughts=shuffled: a batch in which one text has scored tokens holds no "
                         "thought of another: raise --batch_size")
     # in a circle, text by text: each position takes one of those before its own text
-    circle = [r for rows in by_text.values() for r in rows]
+    circle = sum(by_text.values(), [])
     chosen = [0] * len(circle)
     start = 0
     for rows in by_text.values():

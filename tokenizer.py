@@ -126,7 +126,14 @@ class TiktokenTokenizer(Tokenizer):
     def _encode(self, text):
         if self.normalizer:
             text = unicodedata.normalize("NFC", text)
-        return [i for i in self.encoding.encode_ordinary(text) if i < self.vocab_size]
+        try:
+            ids = self.encoding.encode_ordinary(text)
+        except BaseException as error:            # a panic of Rust's is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"{self.path} cannot cut a text of {len(text)} characters: it has too "
+                            "many blanks in a row") from None
+        return [i for i in ids if i < self.vocab_size]
 
 
 class WordTokenizer(Tokenizer):

@@ -82,6 +82,11 @@ class TrainConfig:
         return math.ceil(self.think_share * (self.seq_len - 1))
 
 
+MAY_CHANGE = {                        # of a run that is resumed: how long, how often, and where
+    "steps", "min_lr", "eval_every", "eval_texts", "eval_task", "save_every", "out", "device",
+    "parallel", "grad_accum", "recompute"}
+
+
 def build_model(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: ThoughtConfig, tokenizer,
                 resumed):
     """The model to train: from scratch, from a checkpoint, or the one to resume."""
@@ -149,10 +154,10 @@ def configure():
     Returns the three configs, and the state of the run to resume, or None."""
     kinds = (TrainConfig, ModelConfig, ThoughtConfig)
     first, *_ = config.parse(*kinds, defaults={"out": "-", "data": "-"})
-    has_run = Path(first.out, "latest").is_file()
+    has_run = checkpoint.has_checkpoints(Path(first.out))
     resumes = first.init_from == "resume" or (distributed.restarts_enabled() and has_run)
     if resumes and not has_run:
-        raise UserError(f"nothing to resume in --out={first.out}: it has no file 'latest'")
+        raise UserError(f"nothing to resume in --out={first.out}: it holds no checkpoint")
     if has_run and not resumes:
         raise UserError(f"{first.out} already holds a run: --init_from=resume goes on with it, "
                         "another --out starts anew")
@@ -170,11 +175,16 @@ def configure():
         shape, settings = checkpoint.read_config(folder)
         stored = asdict(shape) | (asdict(settings) if settings else {})
     cfg, model_cfg, thought_cfg = config.parse(*kinds, defaults=stored)
-    # its architecture cannot be changed
-    for name, value in asdict(model_cfg).items():
-        if value != stored.get(name, value):
-            raise UserError(f"--{name}={value}, but the checkpoint has {stored[name]}: leave it "
-                            "out")
+    if resumes and cfg.init_from == "resume":
+        cfg = replace(cfg, init_from=stored["init_from"])
+    # its architecture cannot be changed, and of a run nothing that would make it another
+    fixed = asdict(model_cfg)
+    if resumes:
+        fixed |= asdict(cfg) | asdict(thought_cfg)
+    for name in sorted(fixed.keys() - MAY_CHANGE):
+        if fixed[name] != stored.get(name, fixed[name]):
+            raise UserError(f"--{name}={fixed[name]}, but the checkpoint has {stored[name]}: leave "
+                            "it out, or begin another run (--init_from=FOLDER, --out)")
     return cfg, model_cfg, thought_cfg, state
 
 
@@ -192,6 +202,8 @@ class RunLog:
         out.mkdir(parents=True, exist_ok=True)
         self.path, self.is_main, self.printed = out / "log.jsonl", is_main, 0.0
         self.began, self.first = time.monotonic(), step
+        self.lock = config.lock_folder(out) if is_main else None
+        self.damaged = ""
         if is_main and self.path.is_file():
             # a resumed run drops what its checkpoint does not hold; a row of a step says step + 1
             lines = config.read_text(self.path).splitlines()
@@ -204,12 +216,16 @@ class RunLog:
             with config.atomic_write(self.path) as temporary:
                 temporary.write_text(text)
 
-    @config.file_errors()
     def row(self, step, steps, values, always=False):
         if not self.is_main:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(self.damaged + json.dumps({"step": step, **values}) + "\n")
+            self.damaged = ""
+        except OSError as error:      # a log never costs the run
+            self.damaged = "\n"
+            config.say(f"cannot write {self.path}: {error.strerror}; the run goes on")
         if always or time.monotonic() > self.printed + 1:
             self.printed = time.monotonic()
             shown = [f"step {step}/{steps}"]
@@ -221,7 +237,7 @@ class RunLog:
             if step > self.first:
                 left = seconds / (step - self.first) * (steps - step)
                 shown.append(f"{left:.0f} s left")
-            print("  ".join(shown), flush=True)
+            config.say("  ".join(shown))
 
 
 def main():
@@ -237,7 +253,7 @@ def main():
     # data
     tokenizer = load_tokenizer(cfg.data)
     train_file = TokenFile(cfg.data, "train")
-    val_file = TokenFile(cfg.data, "val")
+    val_file = TokenFile(cfg.data, "val") if cfg.eval_every else None
     batches = Batches(train_file, cfg.seq_len, cfg.crops, cfg.seed)
     task = load_task(cfg.eval_task)
 
@@ -272,7 +288,7 @@ def main():
     if resumed:
         checkpoint.load_optimizer(resumed, state, model, optimizer, dist)
         if dist.is_main:
-            print(f"going on from {resumed}", flush=True)
+            config.say(f"going on from {resumed}")
     log = RunLog(out, step, dist.is_main)
     saved_at = step if state else -1
     autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -326,7 +342,7 @@ def main():
         values = dict(zip(sums, totals.tolist()))
         if not math.isfinite(values["loss"] + values["grad_norm"]):
             raise UserError(f"loss is {values['loss']} at step {step}, norm {values['grad_norm']}: "
-                            f"not learnt from; last checkpoint: {checkpoint.last_good(out)}")
+                            f"not learnt from; last checkpoint: {checkpoint.pointed(out)}")
         optimizer.step()
         optimizer.zero_grad()
         # ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
@@ -342,7 +358,7 @@ def main():
     distributed.cleanup()
     if dist.is_main:
         resume = f"stopped by a signal at step {step}: go on with --init_from=resume; saved"
-        print(resume if stopped else "done:", checkpoint.find_checkpoint(cfg.out), flush=True)
+        config.say(f"{resume if stopped else 'done:'} {checkpoint.find_checkpoint(cfg.out)}")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ class ResultsFile:
                                 "--out") from None
             other = {name: found[name] for name in found if found[name] != settings.get(name)}
             if other:
-                raise UserError(f"{path} was made with {other}: delete it or choose another --out")
+                raise UserError(f"{path} was made with {other}: choose another --out")
 
     def add(self, rows: list) -> None:
         """Append the results that were not in the file at the start, in a single write."""

@@ -108,8 +108,8 @@ class QuietStarLM(TemplateLM):
             stops, temperature, most = self._options(request.args[1])
             room = self.max_length - len(prompts[i])
             if room < 1:
-                raise UserError(f"a prompt of {len(prompts[i])} tokens leaves no room for an answer "
-                                f"in a context of {self.max_length}")
+                raise UserError(f"a prompt of {len(prompts[i])} tokens leaves no room for an "
+                                f"answer in a context of {self.max_length}")
             requests_of[stops, temperature, min(most, room)].append(i)
         texts = [""] * len(requests)
         for (stops, temperature, max_new_tokens), numbers in requests_of.items():

@@ -106,10 +106,14 @@ def number_in(text):
     if not re.fullmatch(NUMBER, text):
         return text
     # of any length, so as text: no zeros at either end, no sign of zero
-    whole, _, fraction = re.sub(r"[^0-9.]", "", text).partition(".")
+    digits = re.sub(r"[^0-9.]", "", text)
+    whole, _, fraction = digits.partition(".")
     fraction = fraction.rstrip("0")
-    number = (whole.lstrip("0") or "0") + (fraction and "." + fraction)
-    return "-" * (text[0] in "-−" and number != "0") + number
+    number = whole.lstrip("0") or "0"
+    if fraction:
+        number += "." + fraction
+    is_negative = text[0] in "-−" and number != "0"
+    return "-" + number if is_negative else number
 
 
 def answer_tokens(tokenizer):

@@ -118,7 +118,7 @@ def test_a_results_file_keeps_whole_lines_and_refuses_those_of_other_settings(tm
     second.add([dict(number=7, said="again"), dict(number=9, said="d")])  # 7 is there already
     third = bootstrap.ResultsFile(path, settings)
     assert [row["said"] for row in third.rows.values()] == ["a\nb\u2028", "c", "d"]
-    with pytest.raises(UserError, match="made with {'votes': 3}: delete it"):
+    with pytest.raises(UserError, match="made with {'votes': 3}: choose another"):
         bootstrap.ResultsFile(path, dict(settings, votes=4))
     with pytest.raises(UserError, match="Is a directory: .*new"):
         bootstrap.ResultsFile(tmp_path / "new", settings).add([dict(number=1)])

@@ -463,8 +463,20 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(tmp_path):
     assert checkpoint.find_checkpoint(tmp_path) == tmp_path / "step-2"
     for step in (1, 2):
         shutil.rmtree(tmp_path / f"step-{step}")
-    with pytest.raises(config.UserError, match="step-3 is gone, as are all other"):
+    with pytest.raises(config.UserError, match="latest names no checkpoint beside it, and there is no other"):
         checkpoint.find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("pointer", [b"", b"\0", b"..", b"/etc", b"step-1/../step-1", b"step-9",
+                                     b"global_step100", b"\xff\xfe", b"step-1" * 10**6])
+def test_a_pointer_is_checked_before_it_is_used(tmp_path, pointer):
+    run, model = tmp_path / "run", tmp_path / "model"
+    save_model(tiny_mistral(), run / "step-1")
+    save_model(tiny_mistral(), model)
+    for folder in (run, model):
+        (folder / "latest").write_bytes(pointer)
+    assert checkpoint.find_checkpoint(run) == run / "step-1"
+    assert checkpoint.find_checkpoint(model) == model        # DeepSpeed has a file of this name too
 
 
 # ------------------------------------------------------------------------------------ atomic saves

@@ -248,7 +248,7 @@ def prepared(tmp_path):
     ("a.jsonl", b'{"text": "x"}\n{"text": \n',
      "a.jsonl:2: damaged or absent .Expecting value.*: replace it"),
     ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1: damaged .*utf-8"),
-    ("a.txt", b"\xff\xfe\x00", "a.txt:1: damaged .*utf-8"),
+    ("a.txt", b"\xff\xfe\x00", "cannot read .*a.txt: it is not UTF-8"),
     ("a.jsonl.gz", GZ[:-9], "a.jsonl.gz:10: damaged .*ended.*: replace it"),
     ("a.jsonl.gz", GZ[:10] + b"\xff" * 40, "a.jsonl.gz:.*invalid.*: replace it"),
     ("a.jsonl.gz", b'{"text": "x"}\n', "a.jsonl.gz:1: .*Not a gzipped file .*: replace it"),

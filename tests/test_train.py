@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoint
+import config
 import eval as evaluate
 import train
 from data import Batches
@@ -238,7 +239,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(
     status, _, stderr = call(train, "--init_from=resume", f"--out={run}", "--steps=9")
     assert status == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1
     assert str(file) in stderr and str(run / "step-000003") in stderr
-    shutil.rmtree(run / "step-000006")                              # what the message says to do
+    (run / "latest").write_text("step-000003")                      # what the message says to do
     assert call(train, "--init_from=resume", f"--out={run}")[0] == 0
     assert_same_weights(run, whole_run)
 
@@ -397,3 +398,104 @@ def test_weights_of_nan_are_never_saved_and_the_last_good_checkpoint_stays(
     status, _, error = call(train, *options, f"--data={game}/without_reasoning", f"--out={run}")
     assert status == 2 and "holds nan or infinity after step 7; last good:" in error
     assert_same_weights(run, whole_run)
+
+
+# ------------------------------------------------------------------------- what a run is, and owns
+
+
+def resumed(call, run: Path, *changes) -> str:
+    """Go on with a run; the one line that it ends with if it is refused."""
+    status, _, error = call(train, "--init_from=resume", f"--out={run}", *changes)
+    assert (status, error) == (0, "") or (status == 2 and error.count("\n") == 1)
+    return error
+
+
+@pytest.fixture
+def run(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_going_on_from_an_older_checkpoint_keeps_what_is_saved_next(call, run):
+    (run / "latest").write_text("step-000003")
+    assert not resumed(call, run, "--steps=4")
+    assert checkpoint.find_checkpoint(run).name == "step-000004"
+    assert not resumed(call, run, "--steps=5")
+    assert checkpoint.find_checkpoint(run).name == "step-000005"
+
+
+def test_nothing_that_this_run_did_not_write_is_ever_deleted(call, run, tmp_path):
+    others = [run / "step-000001", run / "step-000099", run / "step-000002-best"]
+    for other in others:
+        shutil.copytree(run / "step-000003", other)
+    (run / "step-000000").symlink_to(run / "step-000003")
+    assert not resumed(call, run, "--steps=9", "--save_every=1")
+    kept = {path.name for path in run.glob("step-*")}
+    assert kept == {other.name for other in others} | {"step-000000", "step-000008", "step-000009"}
+
+
+def test_a_checkpoint_that_cannot_be_removed_stops_nothing(call, run, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def refuse(path, ignore_errors=False, **options):
+        if Path(path).name == "step-000003" and not ignore_errors:
+            raise OSError("busy")
+        if Path(path).name != "step-000003":
+            rmtree(path, ignore_errors, **options)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert not resumed(call, run, "--steps=8", "--save_every=1")
+    assert checkpoint.find_checkpoint(run).name == "step-000008"
+
+
+def test_a_new_run_is_refused_where_checkpoints_lie_even_without_a_pointer(call, game, run):
+    (run / "latest").unlink()
+    status, _, error = call(train, *toy(game, run))
+    assert status == 2 and "already holds a run" in error
+    assert not resumed(call, run, "--steps=7")               # from the newest
+    assert checkpoint.find_checkpoint(run).name == "step-000007"
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(call, run):
+    before = rows(run)
+    with config.lock_folder(run):
+        assert "another process works in" in resumed(call, run, "--steps=8")
+    assert rows(run) == before and not resumed(call, run, "--steps=7")
+
+
+@pytest.mark.parametrize("change, stored", [
+    ("--objective=plain", "quiet"), ("--seed=5", 0), ("--lr=0.1", 0.005), ("--seq_len=9", 12),
+    ("--batch_size=2", 4), ("--n_thoughts=3", 2), ("--thought_len=3", 2), ("--policy_weight=9.0", 1.0),
+    ("--data=elsewhere", None), ("--positions=random", "all"), ("--dtype=bfloat16", "float32")])
+def test_a_run_that_goes_on_stays_the_run_that_it_was(call, run, change, stored):
+    error = resumed(call, run, change, "--steps=8")
+    assert f"{change}, but the checkpoint has {'' if stored is None else stored}" in error
+    assert checkpoint.find_checkpoint(run).name == "step-000006"
+
+
+def test_a_run_that_goes_on_may_be_longer_and_lie_and_compute_elsewhere(call, run, tmp_path):
+    moved = run.rename(tmp_path / "moved")
+    assert not resumed(call, moved, "--steps=8", "--save_every=1", "--eval_every=4", "--min_lr=0.001",
+                       "--grad_accum=2", "--recompute=1", "--device=cpu", "--parallel=none")
+
+
+def test_a_restart_goes_on_with_the_run_of_the_same_command_alone(call, game, run, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    other = f"--init_from={run}"
+    status, _, error = call(train, *toy(game, run, other, "--steps=8"))
+    assert status == 2 and f"{other}, but the checkpoint has scratch" in error
+    assert call(train, *toy(game, run, "--steps=8"))[0] == 0
+    assert checkpoint.read_state(run / "step-000008")["settings"]["init_from"] == "scratch"
+
+
+def test_a_log_that_nobody_reads_or_that_cannot_be_written_costs_no_checkpoint(game, tmp_path):
+    script = ("import sys, config, train, pathlib; real = open\n"
+              "def full(path, *args):\n"
+              "    if str(path).endswith('log.jsonl'): raise OSError(28, 'No space left on device')\n"
+              "    return real(path, *args)\n"
+              "train.open = full; config.run(train.main)")
+    process = subprocess.Popen([sys.executable, "-c", script, *toy(game, tmp_path / "run")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b"No space left on device; the run goes on" in process.stdout.readline()
+    process.stdout.close()                                   # as when `| tee log` was stopped
+    assert process.stderr.read() == b"" and process.wait() == 0
+    assert checkpoint.find_checkpoint(tmp_path / "run").name == "step-000006"

@@ -113,6 +113,11 @@ def _likeliest(logp_V, tokenizer) -> tuple:
     return tuple((i, tokenizer.decode([i]), p) for i, p in zip(id_K.tolist(), p_K.tolist()))
 
 
+def on_a_screen() -> bool:
+    """Return True if a person reads the output; it can be a pipe, or closed."""
+    return bool(sys.stdout) and sys.stdout.isatty()
+
+
 def show(streams: list[TextStream], steps, thoughts: bool = False) -> None:
     """Write texts to standard output: the first as it grows, each other once the last has ended.
     With thoughts, a pipe gets a line per token. In a terminal the text flows, and a thought stands
@@ -123,7 +128,7 @@ def show(streams: list[TextStream], steps, thoughts: bool = False) -> None:
         if len(streams) > 1:
             print(_styled(f"--- {number} of {len(streams)}", "2"))
         print(_safe("".join(token.text for token in stream.prompt)), end="", flush=True)
-        if thoughts and not sys.stdout.isatty():
+        if thoughts and not on_a_screen():
             print("\n       token  weight    gain  thought", end="")
         n_shown = 0
         while n_shown < len(stream.tokens) or not stream.ended:
@@ -137,7 +142,7 @@ def show(streams: list[TextStream], steps, thoughts: bool = False) -> None:
 
 def _shown(token: Token, thoughts: bool) -> str:
     text, thought = _safe(token.text), printable(token.thought)
-    if thoughts and not sys.stdout.isatty():
+    if thoughts and not on_a_screen():
         missing = "␣" if token.text else "◦"      # a space, or part of a character
         text = f"\n{printable(token.text.strip(' ')) or missing:>12s}"
         if token.thinks:
@@ -152,10 +157,10 @@ def _shown(token: Token, thoughts: bool) -> str:
 
 def _safe(text: str) -> str:
     """Escape what a terminal would obey; a file gets the text itself."""
-    on_screen = sys.stdout.isatty()
+    on_screen = on_a_screen()
     return printable(text.replace("\r\n", "\n"), keep="\n\t") if on_screen else text
 
 
 def _styled(text: str, code: str) -> str:
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colours = on_a_screen() and not os.environ.get("NO_COLOR")
     return f"\x1b[{code}m{text}\x1b[0m" if colours else text
