@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 import typing
+import weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -227,14 +228,14 @@ def atomic_write(path: str | Path):
             temporary.unlink()
 
 
-def lock_folder(folder: Path):
-    """Hold a folder for this process alone; closing the file that is returned releases it."""
-    file = open(folder / ".lock", "w")
+def lock_folder(folder: Path, owner) -> None:
+    """Hold a folder for this process alone, as long as the object `owner` lives."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    weakref.finalize(owner, os.close, descriptor)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"another process works in {folder}: choose another --out") from None
-    return file
 
 
 def say(line: str) -> None:

@@ -202,8 +202,9 @@ class RunLog:
         out.mkdir(parents=True, exist_ok=True)
         self.path, self.is_main, self.printed = out / "log.jsonl", is_main, 0.0
         self.began, self.first = time.monotonic(), step
-        self.lock = config.lock_folder(out) if is_main else None
-        self.damaged = ""
+        self.damaged = ""             # begins the next row, if the last was not written whole
+        if is_main:
+            config.lock_folder(out, self)
         if is_main and self.path.is_file():
             # a resumed run drops what its checkpoint does not hold; a row of a step says step + 1
             lines = config.read_text(self.path).splitlines()

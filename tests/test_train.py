@@ -457,8 +457,10 @@ def test_a_new_run_is_refused_where_checkpoints_lie_even_without_a_pointer(call,
 
 def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(call, run):
     before = rows(run)
-    with config.lock_folder(run):
-        assert "another process works in" in resumed(call, run, "--steps=8")
+    owner = lambda: None
+    config.lock_folder(run, owner)
+    assert "another process works in" in resumed(call, run, "--steps=8")
+    del owner
     assert rows(run) == before and not resumed(call, run, "--steps=7")
 
 
