@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attention import TwoPartAttention, concatenated, thought_attention
+from lm_head import logits_of
 from thoughts import every_position
 from toys import assert_one_pass_loses_no_more, texts, tiny_quiet, uniforms
 
@@ -65,3 +66,24 @@ def test_sampling_in_bfloat16_stays_near_float32():
         rounded = quiet.predict(ids_BL, every_position(ids_BL), thought_BNPT=thought_BNPT)[1]
     assert (rounded - exact).norm() / exact.norm() < 0.05
 
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_products_give_float32_logits(autocast):
+    """Operands are rounded to bf16, their product is not."""
+    hidden_RD, head_VD = (torch.randn(n, 256, device="cuda") for n in (40, 500))
+    half = hidden_RD.bfloat16(), head_VD.bfloat16()
+    exact_RV = half[0].double() @ half[1].double().T
+    given = (hidden_RD, head_VD) if autocast else half
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        found_RV = logits_of(*given)
+    assert found_RV.dtype == torch.float32 and (found_RV - exact_RV).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("head_dim", [4, 12, 264])
+def test_heads_that_the_kernel_does_not_take_use_the_reference(head_dim):
+    quiet, ids_BL = tiny_quiet(model=dict(head_dim=head_dim)).cuda(), texts(2, 24).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = quiet(ids_BL, ids_BL >= 0, uniform_BNPT=uniforms(2, 2, 23, 3).cuda()).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in quiet.parameters())
