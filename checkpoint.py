@@ -53,9 +53,9 @@ def find_checkpoint(folder: str | Path) -> Path:
     if pointed(folder):
         return pointed(folder)
     others = _checkpoints(folder)
-    if not others and (folder / "latest").is_file() and not has_config(folder):
+    if not others and (folder / "latest").is_file() and not _has_config(folder):
         raise UserError(f"{folder}/latest names no checkpoint beside it, and there is no other")
-    return others[-1] if others and not has_config(folder) else folder
+    return others[-1] if others and not _has_config(folder) else folder
 
 
 def pointed(out: Path) -> Path | None:
@@ -144,7 +144,7 @@ def add_thoughts(model: Mistral, settings: ThoughtConfig, dash_id: int, generato
     return quiet.to(embedding_D.device)
 
 
-def has_config(folder: Path) -> bool:
+def _has_config(folder: Path) -> bool:
     """Return True if the folder itself holds a model, whatever lies beside it."""
     return (folder / "config.json").exists() or (folder / "params.json").exists()
 

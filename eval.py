@@ -25,7 +25,7 @@ from checkpoint import find_checkpoint, load_for_inference
 from config import UserError
 from data import TokenFile
 from distributed import Distributed, cleanup, init_distributed
-from scoring import ReasonsAloud, held_out_texts, load_task, score_texts, thinks
+from scoring import ReasonsAloud, load_task, score_texts, thinks
 from tasks.bootstrap import (TEMPERATURES, bin_scores, format_bins, format_cell, format_table,
                              paired_differences, summary, temperature_scaled)
 from tasks.qa import CONCLUSION, evaluate_questions
@@ -107,10 +107,11 @@ def evaluate_data(model, tokenizer, cfg: EvalConfig, dist: Distributed) -> dict:
     has_scores = np.bincount(text) > 0
     clusters = {name: np.bincount(text, value)[has_scores] for name, value in values.items()}
     # a comparison needs the same text, cut in the same way
-    ids_BL, _ = held_out_texts(token_file, cfg.texts, cfg.seq_len)
+    end = token_file.offsets[min(cfg.texts, token_file.n_docs)]
+    texts_sha256 = hashlib.sha256(token_file.read(0, int(end)).tobytes()).hexdigest()
     dataset_id = dict(sources=token_file.meta["sources"], tokenizer=tokenizer.sha256,
                       split=cfg.split, texts=cfg.texts, seq_len=cfg.seq_len, task=cfg.task,
-                      sha256=hashlib.sha256(ids_BL.numpy().tobytes()).hexdigest())
+                      sha256=texts_sha256)
     bins = {name: bin_scores(scores, by) for name, by in BINNED.items()}
     return dict(dataset_id=dataset_id, thoughts=cfg.thoughts, thought_len=thought_len,
                 tokens=len(text), clusters=clusters, temperatures={"nll": temperatures}, **bins)

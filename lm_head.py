@@ -56,15 +56,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             # the head's gradient is summed over chunks, so it is summed in fp32 at least
             sum_dtype = torch.promote_types(head_VD.dtype, torch.float32)
             d_head_VD = torch.zeros_like(head_VD, dtype=sum_dtype)
-        # under autocast the products of the gradient are in bf16
-        cast_head_VD = head_VD.to(hidden_RD.dtype)
-        logit_hidden_RD, logit_head_VD = operands(hidden_RD, head_VD)
+        # cast once; under autocast the products of the gradient are in bf16 on a CPU too
+        cast_hidden_RD, cast_head_VD = operands(hidden_RD, head_VD)
         size = chunk_rows(head_VD)
         for start in range(0, len(hidden_RD), size):
             rows = slice(start, start + size)
             target_R1 = target_R[rows, None]
             # logits and log-probabilities of this chunk
-            logits_RV = logits_of(logit_hidden_RD[rows], logit_head_VD, masked_ids)
+            logits_RV = logits_of(cast_hidden_RD[rows], cast_head_VD, masked_ids)
             logp_RV = torch.log_softmax(logits_RV.div_(temperature), dim=-1)
             nll_R[rows] = -logp_RV.gather(1, target_R1)[:, 0]
             if not needs_grad:
@@ -73,9 +72,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             d_logits_RV = logp_RV.exp_()
             d_logits_RV.scatter_add_(1, target_R1, -torch.ones_like(d_logits_RV[:, :1]))
             d_logits_RV.mul_(weight_R[rows, None] / temperature)
-            d_logits_RV = d_logits_RV.to(hidden_RD.dtype)
-            d_hidden_RD[rows] = d_logits_RV @ cast_head_VD
-            d_head_VD += d_logits_RV.T @ hidden_RD[rows]
+            d_logits_RV = d_logits_RV.to(cast_head_VD.dtype)
+            d_hidden_RD[rows] = (d_logits_RV @ cast_head_VD).to(hidden_RD.dtype)
+            d_head_VD += d_logits_RV.T @ cast_hidden_RD[rows]
         if needs_grad:
             ctx.save_for_backward(d_hidden_RD, d_head_VD.to(head_VD.dtype))
         ctx.mark_non_differentiable(nll_R)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from config import UserError
-from formats.huggingface import NAMES
+from formats.huggingface import NAMES, unpair
 
 ARCHITECTURES = ("llama", "qwen2")
 MODULES = dict(zip((                  # in the order of NAMES; # is a number
@@ -146,7 +146,7 @@ class QuantisedTensor:
                             "which the package gguf cannot dequantise") from None
         tensor = torch.from_numpy(np.array(values, np.float32))
         if self.n_paired:
-            tensor = tensor.unflatten(0, (self.n_paired, -1, 2)).transpose(1, 2).flatten(0, 2)
+            tensor = unpair(tensor, self.n_paired)
         return tensor.to(device, dtype or self.mapped.dtype)
 
 

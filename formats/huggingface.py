@@ -74,7 +74,11 @@ def permute_rope(tensor, name: str, config: ModelConfig):
     and (e, e + E/2) in ours. Other tensors are returned as they are."""
     if not re.search(r"attention\.[qk]\.", name):
         return tensor
-    n_heads = config.n_heads if ".q." in name else config.n_kv_heads
+    return unpair(tensor, config.n_heads if ".q." in name else config.n_kv_heads)
+
+
+def unpair(tensor, n_heads: int):
+    """Reorder the rows of each head: neighbours (2e, 2e + 1) come to stand at (e, e + E/2)."""
     return tensor.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# A real language model learns to think, on two CPU cores: `make dates`, 12 minutes where the
-# processor multiplies bf16, 20 where not; 6 GB of memory. The text is ordinary English whose last
+# A real language model learns to think, on two CPU cores: `make dates`, 16 minutes where the
+# processor multiplies bf16, 25 (an estimate) where not; 6 GB of memory. The text is ordinary English whose last
 # word needs counting days (tasks/dates.py). Chance is one weekday in seven. A stage whose output
 # exists is skipped, and one that was stopped goes on.
 set -e

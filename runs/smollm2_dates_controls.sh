@@ -1,7 +1,7 @@
 #!/bin/sh
-# What is it that helps SmolLM2-135M with dates? Three seeds of every control, and a table. About an
-# hour and a half on two cores; a stage whose output exists is skipped, and one that was stopped goes
-# on. Memory: 6 GB.
+# What is it that helps SmolLM2-135M with dates? Three seeds of every control, and a table. Three
+# hours on two cores, estimated from its steps: it was not yet run to its end. A stage whose output
+# exists is skipped, and one that was stopped goes on. Memory: 6 GB.
 set -e
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
@@ -10,12 +10,12 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 from() { [ -f "$1/latest" ] && echo resume || echo "$2"; }      # a run that was stopped goes on
 out=out/dates
 
-# Base and Quiet-STaR (10 minutes a seed)
+# Base and Quiet-STaR (16 minutes a seed)
 for seed in 0 1 2; do
   SEED=$seed DTYPE=$DTYPE sh runs/smollm2_dates.sh
 done
 
-# Control: plain training goes on (1 minute a seed)
+# Control: plain training goes on (2 minutes a seed)
 for seed in 0 1 2; do
   [ -d $out/plain-$seed/step-000045 ] || python train.py --objective=plain --seed=$seed \
     --init_from="$(from $out/plain-$seed $out/base-$seed)" --out=$out/plain-$seed --dtype=$DTYPE \
@@ -24,7 +24,7 @@ for seed in 0 1 2; do
     --save_every=15
 done
 
-# Controls: without REINFORCE, then filler tokens (7 minutes a seed, and 2)
+# Controls: without REINFORCE, then filler tokens (11 minutes a seed, and 4)
 for seed in 0 1 2; do
   [ -d $out/no-reinforce-$seed/step-000045 ] || python train.py --seed=$seed \
     --init_from="$(from $out/no-reinforce-$seed $out/base-$seed)" --out=$out/no-reinforce-$seed \
@@ -45,7 +45,7 @@ for seed in 0 1 2; do
 done
 
 # What REINFORCE is worth where there is more to learn: a base of fewer steps, which reasons right
-# about half of the time, then Quiet-STaR and the same without REINFORCE (17 minutes a seed)
+# about half of the time, then Quiet-STaR and the same without REINFORCE (25 minutes a seed)
 for seed in 0 1 2; do
   [ -d $out/half-base-$seed/step-000072 ] || python train.py --objective=plain --seed=$seed \
     --init_from="$(from $out/half-base-$seed out/SmolLM2-135M)" --out=$out/half-base-$seed \
