@@ -94,6 +94,8 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = tor
         stored_config = stored_config or ThoughtConfig(marker_ids=(V - 2, V - 1))
     elif "start_thought" in tensors:
         stored_config = stored_config or ThoughtConfig()
+    if shape.n_layers > len(tensors):
+        raise UserError(f"{path}: {shape.n_layers} layers, but there are {len(tensors)} tensors")
     # Build without memory; there, `normal_` would do nothing but import for a second.
     with torch.device("meta"), patch.object(nn.init, "normal_"):
         model = base = Mistral(shape)
@@ -164,7 +166,7 @@ def _checkpoints(out: Path) -> list[Path]:
 
 def _former(folder: Path) -> Path | None:
     """Return the checkpoint that the run saved before this one, if it is still there."""
-    with suppress(UserError, AttributeError):
+    with suppress(UserError):
         return _beside(folder.parent, read_json(folder / "state.json").get("former"))
 
 
@@ -174,7 +176,7 @@ def _find_files(folder: Path) -> tuple[Path, Path]:
         return folder, folder
     for config_name, name in (("config.json", INDEX), ("config.json", WEIGHTS),
                               ("params.json", MISTRAL_WEIGHTS)):
-        if (folder / config_name).exists() and (folder / name).exists():
+        if (folder / config_name).is_file() and (folder / name).is_file():
             return folder / config_name, folder / name
     raise UserError(f"{folder} holds no whole checkpoint: config.json and {WEIGHTS} or its index, "
                     f"or params.json and {MISTRAL_WEIGHTS}; see docs/CHECKPOINTS.md for .bin files")
@@ -323,12 +325,12 @@ def _written(out: Path):
 def read_state(folder: Path) -> dict:
     """Return a checkpoint's `step`, `settings`, and the optimizer's file names in `shares`."""
     with _or_the_one_before(folder):
-        state = read_json(folder / "state.json")
-        if not (isinstance(state, dict) and {"step", "settings", "shares"} <= {*state}):
-            raise UserError(f"{folder}/state.json is damaged")
+        shape = {"step": int, "settings": dict, "shares": [str]}
+        state = read_json(folder / "state.json", shape)
+        if state["step"] < 0:
+            raise UserError(f"{folder}/state.json: step {state['step']} is below 0")
     settings = state["settings"].items()          # JSON has no tuples
-    state["settings"] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings}
-    return state
+    return state | {"settings": {n: tuple(v) if isinstance(v, list) else v for n, v in settings}}
 
 
 def load_optimizer(folder: Path, state: dict, model: Mistral | QuietSTaR, optimizer,
@@ -337,7 +339,7 @@ def load_optimizer(folder: Path, state: dict, model: Mistral | QuietSTaR, optimi
     shares = folder / "optimizer"
     with _or_the_one_before(folder):
         for name in state["shares"]:              # of a missing file the loader would make zeros
-            open_tensors(shares / name)
+            open_tensors(shares / Path(name).name)
         _transfer_moments(model, optimizer, state["step"], shares, dist, save=False)
 
 

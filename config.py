@@ -45,7 +45,7 @@ def parse(*dataclasses_, argv: list[str] | None = None, defaults: dict | None = 
     """
     description = sys.modules["__main__"].__doc__ or ""
     parser = _Parser(description=description.strip().split("\n")[0], allow_abbrev=False)
-    names = []
+    names, kinds = [], {}
     for cls in dataclasses_:
         group = parser.add_argument_group(cls.__name__)
         source = ""
@@ -54,8 +54,10 @@ def parse(*dataclasses_, argv: list[str] | None = None, defaults: dict | None = 
         comments = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, flags=re.MULTILINE))
         for field in dataclasses.fields(cls):
             names.append(f"--{field.name}")
+            kinds[field.name] = field.type
             group.add_argument(names[-1], **_argument(field, comments.get(field.name, "")))
-    parser.set_defaults(**(defaults or {}))
+    stored = {name: _as_option(value, kinds.get(name)) for name, value in (defaults or {}).items()}
+    parser.set_defaults(**stored)                            # as text, so that it is checked too
     words = sys.argv[1:] if argv is None else argv
     values, unknown = parser.parse_known_args([_underscored(word) for word in words])
     if unknown:
@@ -66,6 +68,16 @@ def parse(*dataclasses_, argv: list[str] | None = None, defaults: dict | None = 
     def filled(cls):
         return cls(**{field.name: getattr(values, field.name) for field in dataclasses.fields(cls)})
     return tuple(map(filled, dataclasses_))
+
+
+def from_stored(cls, values: dict, path):
+    """Return a dataclass filled from what a file holds, checked like options; null means the
+    default. Raises UserError."""
+    given = {name: value for name, value in values.items() if value is not None}
+    try:
+        return parse(cls, argv=[], defaults=given)[0]
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix('--')}") from None
 
 
 def options_on_command_line() -> set[str]:
@@ -134,14 +146,23 @@ def _argument(field, comment: str) -> dict:
     if typing.get_origin(kind) is typing.Literal:
         return dict(common, type=_one_of(parts), metavar="|".join(parts))
     if typing.get_origin(kind) is tuple:
-        return dict(common, type=_tuple_of(parts[0]), metavar="VALUES")
+        return dict(common, type=_tuple_of(_reader(parts[0])), metavar="VALUES")
     kind = parts[0] if parts else kind
-    number = _at_least_0(kind) if kind in (int, float) else kind
-    return dict(common, type=number, metavar=kind.__name__.upper())
+    return dict(common, type=_reader(kind), metavar=kind.__name__.upper())
 
 
-def _at_least_0(kind):
-    """No option means anything below 0, at infinity, or as nan."""
+def _as_option(value, kind):
+    """Write a stored value as it would stand on the command line."""
+    if isinstance(value, (list, tuple)) and typing.get_origin(kind) is tuple:
+        return ",".join(map(str, value))
+    return value if value is None else str(value)
+
+
+def _reader(kind):
+    """A function from text to this kind. No option means anything below 0, at infinity, or nan."""
+    if kind is str:
+        return kind
+
     def value(text: str):
         number = kind(text)
         if not 0 <= number < math.inf:
@@ -188,12 +209,42 @@ def decode_text(content: bytes, source) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json(path: str | Path):
-    """Read a JSON file. Raises UserError if it is absent or not JSON."""
+def read_json(path: str | Path, shape=dict):
+    """Read a JSON file of this shape (see `check_json`). Raises UserError."""
+    if Path(path).exists() and not Path(path).is_file():     # a pipe would never end
+        raise UserError(f"{path} is not a file")
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): download it again") from None
+    check_json(value, shape, path)
+    return value
+
+
+def check_json(value, shape, name) -> None:
+    """Raise UserError unless a value has this shape: a type; [shape] for a list; a dict with the
+    shapes of the keys that are used, or {str: shape} for all; a tuple of any of these, and None
+    where a key may be absent."""
+    kinds = shape if isinstance(shape, tuple) else (shape,)
+    fitting = [kind for kind in kinds if _is_of_kind(value, kind)]
+    if not fitting:
+        shown = "absent" if value is None else f"{str(value)[:60]!r}, of another type"
+        raise UserError(f"{name} is {shown}: repair the file, or download it again")
+    kind = fitting[0]
+    if isinstance(kind, list):
+        for part in value:
+            check_json(part, kind[0], f"{name}, an entry,")
+    if isinstance(kind, dict):
+        for key in (value if str in kind else kind):
+            check_json(value.get(key), kind.get(str) or kind[key], f"{name}: {key}")
+
+
+def _is_of_kind(value, kind) -> bool:
+    if isinstance(kind, (list, dict)):
+        return type(value) is type(kind)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return value is kind or type(value) is kind
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from config import (UserError, atomic_write, check_at_most, decode_text, file_er
 from tokenizer import load_tokenizer
 
 MAX_LINE = 256 << 20                  # bytes
+META = {"dtype": str, "vocab_size": int, "eos": (None, int), "sources": [str],
+        "n_tokens": {"train": int, "val": int}}          # what is used of a meta.json
 # Random numbers come from generators keyed by (seed, purpose, ...), so there is no state to save.
 # Windows of text and thoughts add (step, row), generated text adds the row, weights add nothing.
 RNG_BATCHES, RNG_THOUGHTS, RNG_WEIGHTS, RNG_SAMPLING = 1, 2, 3, 4
@@ -149,7 +151,7 @@ class TokenFile:
     def __init__(self, folder, split):
         self.path = Path(folder, f"{split}.bin")
         try:
-            self.meta = read_json(Path(folder, "meta.json"))
+            self.meta = read_json(Path(folder, "meta.json"), META)
             self.n_tokens = self.meta["n_tokens"][split]
             if self.meta["dtype"] not in ("uint16", "uint32"):
                 raise ValueError(f"dtype {self.meta['dtype']} is neither uint16 nor uint32")
@@ -159,6 +161,10 @@ class TokenFile:
             if not 0 < stored == self.offsets[-1] == self.n_tokens:
                 raise UserError(f"{self.path} has {stored} tokens, its index {self.offsets[-1]}, "
                                 f"meta.json {self.n_tokens}")
+            if self.offsets[0] or not (self.offsets[1:] > self.offsets[:-1]).all():
+                raise ValueError("its index does not rise from 0")
+            if not 0 <= (self.meta["eos"] or 0) < self.meta["vocab_size"]:
+                raise ValueError(f"eos {self.meta['eos']} is no token")
         except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
             raise UserError(f"{folder} holds no whole {split} split ({error}): prepare it again "
                             "(data.py), if it is empty with another --val_share") from None

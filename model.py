@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError
+from config import UserError, check_at_least, check_at_most
 
 CHUNK_TOKENS = 2048                   # tokens of a text that a feed-forward layer takes at a time
+LARGEST = 1 << 24                     # of any number of an architecture
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,21 @@ class ModelConfig:
     max_seq_len: int = 32768          # context in tokens
 
     def __post_init__(self):
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is below 1")
+        sizes = "vocab_size dim n_layers n_heads n_kv_heads ffn_dim max_seq_len rope_old_context"
+        for name in sizes.split():
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise UserError(f"{name}={getattr(self, name)} is not from 1 to {LARGEST}")
+        check_at_least(self, rope_theta=1, rope_factor=1e-3)
+        check_at_most(self, norm_eps=0.1)
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_heads={self.n_heads} is not a multiple of "
                             f"n_kv_heads={self.n_kv_heads}")
-        if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} is odd: rotary positions rotate pairs")
+        if self.head_dim % 2 or not 1 <= self.head_dim <= LARGEST:
+            raise UserError(f"head_dim={self.head_dim}: rotary positions rotate pairs")
+        if not self.rope_low_freq < self.rope_high_freq:
+            raise UserError(f"rope_high_freq={self.rope_high_freq} is not above rope_low_freq")
         if self.rope_type not in ("default", "linear", "llama3"):
             raise UserError(f"rope_type '{self.rope_type}' is not supported "
                             "(default, linear, llama3)")

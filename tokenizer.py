@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from config import UserError, atomic_write, file_errors, read_json
+from config import UserError, atomic_write, check_json, file_errors, read_json
 from formats.gguf import gguf_tokenizer
 
 TOKENIZER_FILES = "tokenizer.model tokenizer.model.v3 tekken.json tokenizer.json words.json".split()
@@ -25,6 +25,10 @@ TOKENIZER_FILES = "tokenizer.model tokenizer.model.v3 tekken.json tokenizer.json
 _ONE_DIGIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
+MAX_VOCAB = 1 << 20                   # ids; the largest known has 262,144
+TEKKEN = {"default_num_special_tokens": int, "default_vocab_size": int, "pattern": str}
+BYTE_LEVEL = {"added_tokens": [{"content": str, "id": int, "special": bool}],
+              "model": {"vocab": {str: int}, "merges": [(str, [str])]}}
 MANY_BLANKS = 400_000                 # tiktoken's regular expressions give up at a million
 
 
@@ -119,6 +123,8 @@ class TiktokenTokenizer(Tokenizer):
         regex, ranks, special, bos, eos = read(spec)
         known = {i: piece for piece, i in ranks.items()} | special
         n = max(known) + 1
+        if n > MAX_VOCAB or min(known) < 0 or len(known) < len(ranks) + len(special):
+            raise ValueError("some ids repeat, or are below 0 or too large")
         super().__init__([known.get(i, f"<|{i}|>".encode()) for i in range(n)], bos, eos)
         # SmolLM2 lacks 21 of the 256 bytes, but tiktoken needs all of them. Ids beyond the
         # vocabulary stand in and are then dropped, as `tokenizers` leaves such bytes out.
@@ -213,7 +219,8 @@ def _ends_of_model(folder: Path) -> set[int]:
     """Return the ids that end a text by the model's own files: a fine-tune for chat has others."""
     ends = set()
     for path in (folder / "config.json", folder / "generation_config.json"):
-        found = read_json(path).get("eos_token_id") if path.exists() else None
+        shape = {"eos_token_id": (None, int, [int])}
+        found = read_json(path, shape).get("eos_token_id") if path.exists() else None
         ends |= {found} if isinstance(found, int) else set(found or ())
     return ends
 
@@ -230,7 +237,8 @@ def dash_id(tokenizer: Tokenizer) -> int:
 def _tekken(spec):
     """Return regular expression, {bytes: id}, {special id: bytes}, bos, eos."""
     settings = spec["config"]
-    n_special = settings["default_num_special_tokens"]      # these come first
+    check_json(settings, TEKKEN, "config")
+    n_special = min(settings["default_num_special_tokens"], MAX_VOCAB)      # these come first
     n = settings["default_vocab_size"] - n_special          # the file lists more than models use
     entries = spec["vocab"][:n]
     if [entry["rank"] for entry in entries] != list(range(n)):
@@ -255,12 +263,17 @@ def _byte_level(spec):
             regex = _ONE_DIGIT
         case _:
             raise ValueError(f"normalizer, pre_tokenizer and model are {shape}")
+    check_json(spec, BYTE_LEVEL, "tokenizer.json")
     model = spec["model"]
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "byte_fallback"):
         if model.get(name):
             raise ValueError(f"{name} is {model[name]}")
     vocab = model["vocab"]
-    merged = ["".join(merge).replace(" ", "") for merge in model["merges"]]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merged = list(map("".join, pairs))
+    made = {piece for piece in vocab if len(piece) == 1} | {*merged}
+    if any(len(pair) != 2 or not made.issuperset(pair) for pair in pairs):
+        raise ValueError("some merge is not of two pieces that are made before")
     ids = dict.fromkeys(vocab[piece] for piece in merged)
     if list(ids) != sorted(ids):
         raise ValueError("merges are not in the order of their ids, and tiktoken's are")
@@ -273,9 +286,11 @@ def _byte_level(spec):
     letters = map(chr, [*printable, *range(256, 512)])
     byte = dict(zip(letters, printable + others))
     # What no merge makes is never an id of text; tiktoken would find it.
-    unmade = {piece for piece in vocab if len(piece) > 1} - {*merged, *added}
+    unmade = vocab.keys() - made - added.keys()
     if unmade and model.get("ignore_merges"):
         raise ValueError(f"no merge makes {min(unmade)}, and ignore_merges is true")
+    if model.get("unk_token") and not byte.keys() <= vocab.keys():
+        raise ValueError("some bytes have no token, and unk_token is set")
     special |= {vocab[piece]: bytes(map(byte.get, piece)) for piece in unmade}
     no_text = unmade | added.keys()
     ranks = {bytes(map(byte.get, piece)): i for piece, i in vocab.items() if piece not in no_text}

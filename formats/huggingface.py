@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from config import UserError, read_json
+from config import UserError, check_json, from_stored, read_json
 from model import ModelConfig
 from thoughts import ThoughtConfig
 
@@ -59,6 +59,14 @@ ONLY_VALUE = {"hidden_act": "silu", "partial_rotary_factor": 1.0} | dict.fromkey
     "quantization_config", "quantization", "num_local_experts", "num_experts", "moe", "mlp_bias",
     "vision_encoder", "vision_config", "lora", "yarn", "use_scaled_rope", "llama_4_scaling",
     "full_attention", "sliding_attention"))      # the last two: rope_parameters for each layer type
+_FLAGS = "attention_bias", "qkv_bias", "tie_word_embeddings", "use_sliding_window"
+_WINDOW = None, int, str, [(None, int)]
+_ROPE = None, {"rope_type": (None, str), "type": (None, str), "rope_theta": (None, float)}
+SHAPE = dict.fromkeys(_FLAGS, (None, bool)) | {          # of a config.json or params.json
+    "model_type": (None, str), "architectures": (None, [str]), "layer_types": (None, [str]),
+    "rope_theta": (None, float), "rope_scaling": _ROPE, "rope_parameters": _ROPE,
+    "sliding_window": _WINDOW, "_sliding_window": _WINDOW,
+    "quiet_star": (None, {"marker_ids": (None, [int])})}
 CONVERTED_BYTES = 64 << 20            # of a tensor, converted at a time
 
 
@@ -85,6 +93,7 @@ def unpair(tensor, n_heads: int):
 def from_config(given: dict, path: Path) -> tuple[ModelConfig, ThoughtConfig | None]:
     """Read a params.json, or a config.json of transformers 4 or 5, and its `quiet_star` section.
     Raises UserError for an architecture that is not supported."""
+    check_json(given, SHAPE, path)
     is_hf = path.name != "params.json"
     known = FAMILIES if is_hf else ("transformer", None)
     classes = given.get("architectures") or ()
@@ -94,53 +103,66 @@ def from_config(given: dict, path: Path) -> tuple[ModelConfig, ThoughtConfig | N
             raise UserError(f"{path}: model_type '{name}' is not supported ({', '.join(FAMILIES)})")
     rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
     for key, only in ONLY_VALUE.items():
-        value = given.get(key) or rope.get(key)
-        if value and value != only:
-            raise UserError(f"{path}: {key} = {str(value)[:60]} is not supported")
+        for value in (given.get(key), rope.get(key)):
+            if value not in (None, only) and (value or only):
+                raise UserError(f"{path}: {key} = {str(value)[:60]} is not supported")
     # The numbers of the architecture.
-    found = {"windows": _hf_windows(given, path) if is_hf else _mistral_windows(given)}
+    found = {"windows": _hf_windows(given, path) if is_hf else _mistral_windows(given, path)}
     for ours, hf_key, mistral_key in KEYS:
         key = hf_key if is_hf else mistral_key
         value = given.get(key)
         found[ours] = IF_ABSENT.get(ours) if value is None else value
-        if found[ours] is None:
-            raise UserError(f"{path} lacks {key}")
+        if found[ours] is None or value == 0:
+            raise UserError(f"{path} lacks {key}, or has 0 for it")
     found["n_kv_heads"] = found["n_kv_heads"] or found["n_heads"]
     # If absent: 1e4, but 1e6 in a params.json without window, as in Mistral's first program.
     default = 1e4 if is_hf or any(found["windows"]) else 1e6
-    found["rope_theta"] = rope.get("rope_theta") or given.get("rope_theta") or default
+    thetas = [rope.get("rope_theta"), given.get("rope_theta"), default]
+    found["rope_theta"] = next(theta for theta in thetas if theta is not None)
     bias = given.get("attention_bias") or given.get("qkv_bias")
     found["qkv_bias"] = bool(bias) or given.get("model_type") == "qwen2"
     found["tied"] = bool(given.get("tie_word_embeddings"))
-    config = ModelConfig(**found, **_rope(rope, path))
-    # The settings of the thoughts; JSON has no tuples.
+    config = from_stored(ModelConfig, found | _rope(rope, path), path)
+    # The settings of the thoughts.
     section = given.get("quiet_star")
     if not section:
         return config, None
     unknown = section.keys() - {field.name for field in fields(ThoughtConfig)}
     if unknown:
         raise UserError(f"{path}: quiet_star has the unknown setting '{min(unknown)}'")
-    return config, ThoughtConfig(**section | {"marker_ids": tuple(section.get("marker_ids", ()))})
+    settings = from_stored(ThoughtConfig, section, path)
+    if max(settings.marker_ids, default=0) >= config.vocab_size:
+        raise UserError(f"{path}: marker_ids {settings.marker_ids} exceed the vocabulary")
+    return config, settings
 
 
-def _mistral_windows(given: dict) -> tuple[int, ...]:
+def _mistral_windows(given: dict, path: Path) -> tuple[int, ...]:
     """Return the windows of the layers in turn, 0 for none: a number, a list, or either as text."""
-    value = str(given.get("sliding_window") or given.get("_sliding_window"))
-    return tuple(int(w) if w.isdigit() else 0 for w in re.findall(r"\d+|None|null", value))
+    value = given.get("sliding_window") or given.get("_sliding_window")
+    words = [word.strip() for word in str(value).strip("[]").split(",")]
+    if not all(word.isdecimal() or word in ("None", "null") for word in words):
+        raise UserError(f"{path}: sliding_window is {value!r}: neither numbers nor null")
+    return tuple(int(word) if word.isdecimal() else 0 for word in words)
 
 
 def _hf_windows(given: dict, path: Path) -> tuple[int, ...]:
     """Return the windows of the layers in turn, 0 for none; `layer_types` names those with one."""
     family = given["model_type"]
     window = given.get("sliding_window", 4096)               # the default of transformers
+    check_json(window, (None, int), f"{path}: sliding_window")
     unused = family == "llama" or (family == "qwen2" and not given.get("use_sliding_window"))
-    if unused or not window:
+    if unused or window is None:
         return ()
-    if family == "mistral" and not given.get("layer_types"):
+    if window < 1:
+        raise UserError(f"{path}: sliding_window is {window}: write null for none")
+    types = given.get("layer_types")
+    if family == "mistral" and not types:
         return (window,)
-    types = given.get("layer_types") or ["no"]
-    if not set(types) <= {"sliding_attention", "full_attention"}:
-        raise UserError(f"{path}: sliding_window with {types[0]} layer_types is not supported")
+    n_layers = given.get("num_hidden_layers")
+    if not types or not {*types} <= {"sliding_attention", "full_attention"}:
+        raise UserError(f"{path}: sliding_window with layer_types {types} is not supported")
+    if len(types) != n_layers:
+        raise UserError(f"{path}: {len(types)} layer_types for {n_layers} layers")
     return tuple(window if name == "sliding_attention" else 0 for name in types)
 
 
@@ -149,7 +171,7 @@ def _rope(rope: dict, path: Path) -> dict:
     if kind not in ROPE_TYPES:
         raise UserError(f"{path}: rope_scaling '{kind}' is not supported ({', '.join(ROPE_TYPES)})")
     for _, theirs in ROPE_TYPES[kind]:
-        if theirs not in rope:
+        if rope.get(theirs) is None:
             raise UserError(f"{path}: rope_scaling of type '{kind}' lacks {theirs}")
     return {"rope_type": kind} | {ours: rope[theirs] for ours, theirs in ROPE_TYPES[kind]}
 
@@ -211,15 +233,20 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     """Map the tensors of a .safetensors file, or of all files that an index (.json) names. Raises
     UserError if a file is missing, cut short, or something else."""
     if path.suffix == ".json":
-        file_of = read_json(path).get("weight_map", {})
+        file_of = read_json(path, {"weight_map": {str: str}})["weight_map"]
+        for file in file_of.values():
+            if not re.fullmatch(r"[\w.-]+\.safetensors", file):
+                raise UserError(f"{path} names {file!r}, which is no safetensors file beside it")
         shards = {file: open_tensors(path.parent / file) for file in sorted({*file_of.values()})}
         absent = [name for name, file in file_of.items() if name not in shards[file]]
         if absent:
             raise UserError(f"{path} names {min(absent)}, but {file_of[min(absent)]} lacks it")
         return {name: shards[file][name] for name, file in file_of.items()}
     try:
+        if not path.is_file():                               # a pipe would never end
+            raise FileNotFoundError("No such file")
         mapped = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot read {path} as safetensors: {error}: download it again, with "
                         "'git lfs pull' if git cloned it") from None
     return {name: LazyTensor(path, name, tensor) for name, tensor in mapped.items()}

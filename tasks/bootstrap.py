@@ -64,11 +64,11 @@ def summary(clusters: dict) -> dict:
 
 def paired_differences(result: dict, path: str) -> dict:
     """Return mean and interval of this result minus that of a json file on the same clusters."""
-    other, wanted = read_json(path), result["dataset_id"]
-    other = other if isinstance(other, dict) else {}
-    mine, others = result["clusters"], other.get("clusters", {})
+    other, wanted = read_json(path, {"clusters": (None, {str: [float]})}), result["dataset_id"]
+    mine, others = result["clusters"], other.get("clusters") or {}
     count_C = list(mine["count"])
-    if other.get("dataset_id") != wanted or others.get("count") != count_C:
+    alike = {len(values) for values in others.values()} == {len(count_C)}
+    if other.get("dataset_id") != wanted or others.get("count") != count_C or not alike:
         raise UserError(f"{path} is of other texts or questions than {wanted}, or counts other "
                         "tokens of the same texts: only the same can be compared")
     names = [name for name in mine if name in others and name != "count"]

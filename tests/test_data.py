@@ -278,7 +278,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     ("train.idx.npy", b"", "no whole train split .*: prepare it again"),
     ("meta.json", None, "meta.json.*: prepare it again"),
     ("meta.json", b"{", "meta.json is not JSON.*: prepare it again"),
-    ("meta.json", b"{}", "no whole train split .*n_tokens.*: prepare it again"),
+    ("meta.json", b"{}", "no whole train split .*dtype is absent.*: prepare it again"),
 ])
 def test_a_damaged_folder_is_named_in_one_line(tmp_path, name, content, message):
     path = prepared(tmp_path) / name

@@ -103,9 +103,9 @@ def test_a_file_of_another_kind_is_one_line_that_names_it(tmp_path, call):
     out = f"--out={tmp_path}/wrong.png"
     for kind, given, wrong, of in (
             ("table", log, log, "JSON"), ("table", text, text, "JSON"),
-            ("table", number, number, "eval.py"), ("learning", found, found, "log.jsonl"),
+            ("table", number, number, "another type"), ("learning", found, found, "log.jsonl"),
             ("learning", text, text, "log.jsonl"), ("learning", number, number, "log.jsonl"),
             ("learning", log, log, "log.jsonl")):
         status, _, stderr = call(figures, f"--kind={kind}", f"--input={given}", out)
-        assert status == 2 and f"{wrong} is not" in stderr and of in stderr, stderr
+        assert status == 2 and f"{wrong} is" in stderr and of in stderr, stderr
         assert stderr.count("\n") == 1 and not (tmp_path / "wrong.png").exists()

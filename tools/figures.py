@@ -86,9 +86,8 @@ def by_name(paths):
     """Return lists of what eval.py wrote, by file name without the seed in front of it."""
     found = {}
     for path in paths:
-        result = config.read_json(path)
-        if not isinstance(result, dict) or "nll_base" not in result:
-            raise UserError(f"{path} is not a result of eval.py: its --data and --out write one")
+        wanted = dict.fromkeys(TABLE_MEASURES, (None, {"mean": float}))
+        result = config.read_json(path, wanted | {"nll_base": {"mean": float}})
         name = re.sub(r"^\d+-", "", Path(path).stem)
         found.setdefault(name, []).append(result)
     return found

@@ -52,18 +52,15 @@ def read_gate(value: str, quiet: QuietSTaR) -> Gate:
     try:
         return Gate(float(value))
     except ValueError:
-        found = config.read_json(value)
+        numbers = {"threshold": float, "bias": float, "probe": [float], "end_thought": [float]}
+        found = config.read_json(value, numbers)
     # the end marker identifies the checkpoint; on a GPU it is rounded to bfloat16
     marker_D = quiet.end_thought.detach().float().cpu()
-    try:
-        gate = Gate(float(found["threshold"]), torch.tensor(found["probe"]), float(found["bias"]))
-        fits = torch.allclose(torch.tensor(found["end_thought"]), marker_D, rtol=1e-2, atol=1e-4)
-        fits = fits and gate.probe_D.shape == marker_D.shape
-    except (KeyError, TypeError, ValueError, RuntimeError):           # another file, another width
-        fits = False
-    if not fits:
+    probe_D, own_D = torch.tensor(found["probe"]), torch.tensor(found["end_thought"])
+    fits = probe_D.shape == own_D.shape == marker_D.shape
+    if not fits or not torch.allclose(own_D, marker_D, rtol=1e-2, atol=1e-4):
         raise UserError(f"{value} is not a gate of this checkpoint: fit one with tools.gate")
-    return gate
+    return Gate(float(found["threshold"]), probe_D, float(found["bias"]))
 
 
 @torch.no_grad()
