@@ -1,9 +1,9 @@
 """Dates: ordinary English whose last word needs counting days.
 
     Ann came to Rome on Friday, stayed one day there and two days in Oslo, and left on Monday.
-    ... and left on— Saturday Sunday Monday Monday Monday Monday Monday Monday— Monday.
+    ... and left on— Saturday then Sunday Monday Monday Monday Monday Monday Monday— Monday.
 
-Half of the lines of `with_reasoning` count aloud, in eight words, and none of `without_reasoning`.
+Half of the lines of `with_reasoning` count aloud, in nine words, and none of `without_reasoning`.
 Their held-out lines have other people, other cities, and combinations of a weekday and two stays
 that no training line has; those of `seen_combinations` have other people and cities alone. `python
 -m tasks.dates --tokenizer=MODEL` writes all three. Left out on purpose: months and leap years.
@@ -24,11 +24,10 @@ WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 STAYS = {"one day": 1, "two days": 2, "three days": 3, "four days": 4}
 COMBINATIONS = [", ".join(chosen) for chosen in product(WEEKDAYS, STAYS, STAYS)]
 HELD_OUT = 0.2                        # share of the combinations, roughly
-LONGEST = 8                           # words of the reasoning about the two longest stays
-# In training lines, and in held-out lines.
-PEOPLE = ("Ann Ben Bob Carl Fred Henry Jack Jane Kim Mark Mary Nick Paul Rose Sam Tom".split(),
-          "Alice David Maria Peter Robert Sarah".split())
-CITIES = "Rome Paris London Berlin Tokyo".split(), "Oslo Cairo Madrid Vienna Boston".split()
+LONGEST = 9                           # words of the reasoning about the two longest stays
+# In training lines, and in held-out lines. Few of each, so that days are the least certain words.
+PEOPLE = "Ann Ben Mary Tom".split(), "Alice David Peter Sarah".split()
+CITIES = "Rome Paris London Berlin".split(), "Oslo Cairo Madrid Vienna".split()
 # Folder, share of lines with reasoning, share of the combinations that is held out.
 CORPORA = (("with_reasoning", 0.5, HELD_OUT), ("without_reasoning", 0.0, HELD_OUT),
            ("seen_combinations", 0.0, 1.0))
@@ -40,10 +39,14 @@ def combination(line: str) -> str:
 
 
 def reasoning(line: str) -> list[str]:
-    """Return all days of the stays, the last repeated; it is the answer."""
-    weekday, *stays = combination(line).split(", ")
-    arrival, n_days = WEEKDAYS.index(weekday), sum(STAYS[stay] for stay in stays)
-    return [WEEKDAYS[(arrival + min(i, n_days)) % 7] for i in range(1, LONGEST + 1)]
+    """Return the days of the first stay, "then", those of the second; the last one is repeated."""
+    weekday, first, second = combination(line).split(", ")
+    days = WEEKDAYS * 3
+    days = days[days.index(weekday) + 1:]
+    here = STAYS[first]
+    both = here + STAYS[second]
+    counted = days[:here] + ["then"] + days[here:both]
+    return counted + days[both - 1:both] * (LONGEST - len(counted))
 
 
 def date_lines(n_lines: int, share_with_reasoning: float, held_out_share: float, seed: str):
