@@ -16,20 +16,20 @@ mkdir -p $out/json
 [ -f data/dates/seen_combinations/meta.json ] || python -m tasks.dates
 
 # 1. A base that reasons aloud in half of the lines, and right in about half of these (2 minutes)
-[ -d $out/base-$SEED/step-000060 ] || python train.py --objective=plain --seed=$SEED \
+[ -d $out/base-$SEED/step-000120 ] || python train.py --objective=plain --seed=$SEED \
   --init_from="$(from $out/base-$SEED out/SmolLM2-135M)" --out=$out/base-$SEED --dtype=$DTYPE \
-  --data=data/dates/with_reasoning --steps=60 --batch_size=16 --seq_len=36 --lr=2e-4 \
-  --min_lr=2e-5 --warmup=5 --weight_decay=0 --eval_every=0 --save_every=20
+  --data=data/dates/with_reasoning --steps=120 --batch_size=16 --seq_len=36 --lr=2e-4 \
+  --min_lr=2e-5 --warmup=5 --weight_decay=0 --eval_every=0 --save_every=40
 
 # 2. Quiet-STaR on lines without any reasoning: the two positions where the base is least certain
 #    think (10 minutes)
-[ -d $out/thinking-$SEED/step-000050 ] || python train.py --seed=$SEED \
+[ -d $out/thinking-$SEED/step-000036 ] || python train.py --seed=$SEED \
   --init_from="$(from $out/thinking-$SEED $out/base-$SEED)" --out=$out/thinking-$SEED \
-  --dtype=$DTYPE --data=data/dates/without_reasoning --steps=50 --batch_size=16 --grad_accum=2 \
+  --dtype=$DTYPE --data=data/dates/without_reasoning --steps=36 --batch_size=16 --grad_accum=2 \
   --seq_len=26 --lr=2e-5 --min_lr=2e-6 --warmup=5 --weight_decay=0 \
   --positions=uncertain --think_share=0.08 --thought_len=9 --n_true=1 --n_thoughts=4 \
   --policy_weight=10 --policy_temperature=1 --marker_lr=12 --mixing_lr=10 \
-  --eval_task=dates --eval_every=15 --eval_texts=64 --save_every=25
+  --eval_task=dates --eval_every=12 --eval_texts=64 --save_every=12
 
 # 3. A thought, and 500 held-out lines scored without and with thoughts (1 minute)
 python sample.py --checkpoint=$out/thinking-$SEED --show-thoughts --max_new_tokens=1 \

@@ -16,30 +16,30 @@ done
 
 # Controls: plain training goes on (2 minutes a seed); without REINFORCE (10 minutes a seed)
 for seed in 0 1 2; do
-  [ -d $out/plain-$seed/step-000050 ] || python train.py --objective=plain --seed=$seed \
+  [ -d $out/plain-$seed/step-000036 ] || python train.py --objective=plain --seed=$seed \
     --init_from="$(from $out/plain-$seed $out/base-$seed)" --out=$out/plain-$seed --dtype=$DTYPE \
-    --data=data/dates/without_reasoning --steps=50 --batch_size=16 --seq_len=26 --lr=2e-5 \
-    --min_lr=2e-6 --warmup=5 --weight_decay=0 --eval_task=dates --eval_every=15 --eval_texts=64 \
-    --save_every=25
+    --data=data/dates/without_reasoning --steps=36 --batch_size=16 --seq_len=26 --lr=2e-5 \
+    --min_lr=2e-6 --warmup=5 --weight_decay=0 --eval_task=dates --eval_every=12 --eval_texts=64 \
+    --save_every=12
 done
 for seed in 0 1 2; do
-  [ -d $out/no-reinforce-$seed/step-000050 ] || python train.py --seed=$seed --policy_weight=0 \
+  [ -d $out/no-reinforce-$seed/step-000036 ] || python train.py --seed=$seed --policy_weight=0 \
     --init_from="$(from $out/no-reinforce-$seed $out/base-$seed)" --out=$out/no-reinforce-$seed \
-    --dtype=$DTYPE --data=data/dates/without_reasoning --steps=50 --batch_size=16 --grad_accum=2 \
+    --dtype=$DTYPE --data=data/dates/without_reasoning --steps=36 --batch_size=16 --grad_accum=2 \
     --seq_len=26 --lr=2e-5 --min_lr=2e-6 --warmup=5 --weight_decay=0 \
     --positions=uncertain --think_share=0.08 --thought_len=9 --n_true=1 --n_thoughts=4 \
     --policy_temperature=1 --marker_lr=12 --mixing_lr=10 \
-    --eval_task=dates --eval_every=15 --eval_texts=64 --save_every=25
+    --eval_task=dates --eval_every=12 --eval_texts=64 --save_every=12
 done
 
 # Control: filler tokens, seed 0 (4 minutes)
-[ -d $out/filler-0/step-000050 ] || python train.py --seed=0 --filler --policy_weight=0 \
+[ -d $out/filler-0/step-000036 ] || python train.py --seed=0 --filler --policy_weight=0 \
   --init_from="$(from $out/filler-0 $out/base-0)" --out=$out/filler-0 \
-  --dtype=$DTYPE --data=data/dates/without_reasoning --steps=50 --batch_size=16 --grad_accum=2 \
+  --dtype=$DTYPE --data=data/dates/without_reasoning --steps=36 --batch_size=16 --grad_accum=2 \
   --seq_len=26 --lr=2e-5 --min_lr=2e-6 --warmup=5 --weight_decay=0 \
   --positions=uncertain --think_share=0.08 --thought_len=9 --n_true=1 --n_thoughts=1 \
   --policy_temperature=1 --marker_lr=12 --mixing_lr=10 \
-  --eval_task=dates --eval_every=15 --eval_texts=64 --save_every=25
+  --eval_task=dates --eval_every=12 --eval_texts=64 --save_every=12
 
 # Score 500 held-out lines with each model, of held-out and of seen combinations (half a minute each)
 for seed in 0 1 2; do
