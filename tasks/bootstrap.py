@@ -1,4 +1,4 @@
-"""Confidence intervals, paired differences, a control for sharpening, and results on disk.
+"""Confidence intervals, paired differences, a control for sharpening; results printed and on disk.
 
 The bootstrap draws whole clusters (texts or questions), because the tokens of one text are not
 independent. A measure is one sum per cluster, and "count" says how many values were added up.
@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, file_errors, read_json, read_text
+from config import UserError, check_json, file_errors, read_json, read_text
 
+BINNED = {"difficulty": "nll_base", "by_entropy": "entropy_base", "by_weight": "mixing_weight"}
 TEMPERATURES = 2.0 ** (np.arange(-12, 9) / 4)      # 1/8 to 4
+RESULT = {"number": int, "settings": dict, "scores": {str: [float]}}
 UNSCALED = 12                                      # index of temperature 1
 TABLE_COLUMNS = {                                  # heading: name of the measure
     "not thinking": "{0}_base",
@@ -64,8 +66,9 @@ def summary(clusters: dict) -> dict:
 
 def paired_differences(result: dict, path: str) -> dict:
     """Return mean and interval of this result minus that of a json file on the same clusters."""
-    other, wanted = read_json(path, {"clusters": (None, {str: [float]})}), result["dataset_id"]
+    other = read_json(path, {"clusters": (None, {str: [float]})})
     mine, others = result["clusters"], other.get("clusters") or {}
+    wanted = result["dataset_id"]
     count_C = list(mine["count"])
     alike = {len(values) for values in others.values()} == {len(count_C)}
     if other.get("dataset_id") != wanted or others.get("count") != count_C or not alike:
@@ -121,6 +124,26 @@ def format_bins(bins: list) -> str:
     return "\n".join([head, *(BIN_ROW.format(**row) for row in bins)])
 
 
+def print_result(result: dict, means: dict, cfg) -> None:
+    """Print what eval.py found: the table, bins if thinking changed anything, and differences."""
+    what = "questions" if cfg.asks_questions else "texts"
+    n = len(result["clusters"]["count"])
+    print(f"{cfg.file or cfg.data}: {n} {what}, {result.get('tokens', n)} scored; "
+          f"thoughts: {cfg.thoughts}; 95 % intervals over {what}")
+    if n < 50:
+        print(f"intervals over {n} {what} are too narrow: they cover 87 to 90 %")
+    print(format_table(means))
+    for measure, halves in result["temperatures"].items():
+        print(measure, "scaled at {:.2f} and {:.2f}: a temperature per half".format(*halves))
+    if not cfg.asks_questions and means["nll_mixed-nll_base"]["mean"] != 0:
+        for name, by in BINNED.items():
+            print(f"\nfrom the least to the greatest {by}\n" + format_bins(result[name]))
+    if cfg.against:
+        print(f"\ndifference from {cfg.against}, on the same {what}")
+        for name, value in result["differences"].items():
+            print(f"{name:20s}{format_cell(value, signed=True)}")
+
+
 class ResultsFile:
     """A jsonl file of results: `rows` by question number, each with the settings it was made with.
     Every rank appends to it. Raises UserError if it was made with other settings."""
@@ -131,16 +154,21 @@ class ResultsFile:
         for line in text.splitlines():
             try:
                 row = json.loads(line)
-                self.rows[row["number"]] = row
-                found = row["settings"]
-            except json.JSONDecodeError:           # empty, or cut by a crash
+            except (ValueError, RecursionError):   # empty, or cut by a crash
                 continue
-            except (KeyError, TypeError):
-                raise UserError(f"{path} holds no results of this version: choose another "
-                                "--out") from None
-            other = {name: found[name] for name in found if found[name] != settings.get(name)}
+            check_json(row, RESULT, f"{path} (or choose another --out)")
+            self.rows[row["number"]] = row
+            found = row["settings"]
+            other = {name: found.get(name) for name, value in settings.items()
+                     if found.get(name) != value}
             if other:
                 raise UserError(f"{path} was made with {other}: choose another --out")
+        kinds = set()
+        for row in self.rows.values():
+            sizes = {name: len(values) for name, values in row["scores"].items()}
+            kinds.add(str(sizes))
+        if len(kinds) > 1:
+            raise UserError(f"{path} holds several kinds of rows: choose another --out")
 
     def add(self, rows: list) -> None:
         """Append the results that were not in the file at the start, in a single write."""

@@ -110,12 +110,12 @@ def test_results_of_the_same_clusters_are_compared_pair_by_pair_and_others_refus
 def test_a_results_file_keeps_whole_lines_and_refuses_those_of_other_settings(tmp_path):
     path, settings = tmp_path / "new" / "results.jsonl", dict(task="gsm8k", votes=3)
     first = bootstrap.ResultsFile(path, settings)
-    first.add([dict(number=7, said="a\nb\u2028"), dict(number=2, said="c")])
+    first.add([dict(number=n, said=said, scores={}) for n, said in ((7, "a\nb\u2028"), (2, "c"))])
     with open(path, "a") as file:
         file.write('{"number": 9, "said": "cut')                          # killed in mid-line
     second = bootstrap.ResultsFile(path, settings)
     assert list(second.rows) == [7, 2] and second.rows[7]["said"] == "a\nb\u2028"
-    second.add([dict(number=7, said="again"), dict(number=9, said="d")])  # 7 is there already
+    second.add([dict(number=n, said=said, scores={}) for n, said in ((7, "again"), (9, "d"))])  # 7 is there already
     third = bootstrap.ResultsFile(path, settings)
     assert [row["said"] for row in third.rows.values()] == ["a\nb\u2028", "c", "d"]
     with pytest.raises(UserError, match="made with {'votes': 3}: choose another"):

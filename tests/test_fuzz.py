@@ -11,6 +11,7 @@ import random
 import signal
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,12 +22,12 @@ from data import Batches, TokenFile, read_rows, read_texts
 from formats.huggingface import KEYS
 from layouts import save_mistral
 from model import CausalContext
-from tasks.bootstrap import paired_differences
+from tasks.bootstrap import ResultsFile, paired_differences
 from tasks.qa import read_questions
 from test_tokenizer import TEXTS, WORDS, tekken_file, train_byte_level
 from thoughts import base_model, every_position
 from tokenizer import load_tokenizer
-from tools.figures import by_name
+from tools.figures import by_name, logged
 from tools.gate import read_gate
 from toys import tiny_mistral, tiny_quiet
 
@@ -240,6 +241,28 @@ def test_what_the_project_wrote_itself_is_checked_too(tmp_path, game, call, monk
         path.write_text(text)
         outcome(lambda: by_name([str(path)]))
         outcome(lambda: paired_differences(result, str(path)))
+
+
+def test_lines_that_a_run_or_an_evaluation_appended_are_checked_too(tmp_path):
+    """log.jsonl, and answers to questions: only whole rows of one kind are used."""
+    rows = [{"step": step, "loss": 0.5, "eval/accuracy/base": 0.25} for step in range(3)]
+    settings = {"task": "gsm8k", "votes": 0}
+    answers = [{"number": n, "settings": settings, "scores": {"nll_base": [1.0, 2.0]}}
+               for n in range(3)]
+    path = tmp_path / "log.jsonl"
+    for good in (rows, answers):
+        for text in cases("lines", good[1], 300):
+            lines = [json.dumps(good[0]), text, json.dumps(good[2])]
+            path.write_text("\n".join(lines) + "\n")
+            log = outcome(lambda: train.RunLog(tmp_path, 5, is_main=True))
+            found = outcome(lambda: logged([str(path)], "eval/accuracy/base"))
+            assert found is None or found[1].dtype == float
+            path.write_text("\n".join(lines) + "\n")
+            found = outcome(lambda: ResultsFile(path, settings))
+            shapes = {np.array(row["scores"]["nll_base"]).shape for row in found.rows.values()} \
+                if found else {(2,)}
+            assert shapes <= {(2,)}
+            del log
 
 
 def test_a_state_resumes_the_run_that_it_describes_or_none(tmp_path, game, call):

@@ -6,7 +6,6 @@
 
 Files named SEED-NAME.json are runs of one thing: shown are mean, lowest and highest.
 """
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +26,10 @@ def mask(cfg, figure):
     from matplotlib.colors import ListedColormap
     # text tokens have step 0; the k-th token branching off text position p has step k
     names = "x0 x1 x2 x3 x4 start y1 y2 end x1 start y1 y2 end x2 start y1 y2 end x3".split()
-    position = np.array([int(p) for p in "01234" "00000" "11111" "22222"])
-    step = np.array([int(k) for k in "00000" "12345" "12345" "12345"])
-    same = position[:, None] == position
+    position = np.array(list("01234" "00000" "11111" "22222"), int)
+    step = np.array(list("00000" "12345" "12345" "12345"), int)
     query = position[:, None], step[:, None]
-    sees = may_attend(query, (position, step), same)
+    sees = may_attend(query, (position, step), query[0] == position)
     ax = figure.subplots()
     ax.imshow(sees * (1 + np.sign(step)), cmap=ListedColormap(["#f1f1f1", BASE, MIXED]))
     ax.set_xticks(range(20), names, rotation=90)
@@ -48,13 +46,16 @@ def mask(cfg, figure):
 def logged(paths, name):
     """Return the steps at which these log.jsonl have `name`, and its values, [runs, steps]."""
     runs = []
+    shape = {"step": int, name: (None, float)}
     for path in paths:
         try:
-            rows = [json.loads(line) for line in config.read_text(path).splitlines()]
-            runs.append({row["step"]: row[name] for row in rows if name in row})
-        except (json.JSONDecodeError, KeyError, TypeError):
-            runs.append({})
-        if not runs[-1] or runs[-1].keys() != runs[0].keys():
+            lines = config.read_text(path).splitlines()
+            rows = [config.parse_json(line, shape, path) for line in lines]
+            run = {row["step"]: row[name] for row in rows if row.get(name) is not None}
+        except UserError:
+            run = {}
+        runs.append(run)
+        if not run or run.keys() != runs[0].keys():
             raise UserError(f"{path} is not a log.jsonl with {name} at the same steps as the first")
     return list(runs[0]), np.array([list(run.values()) for run in runs])
 
