@@ -1,9 +1,8 @@
 """Who may attend to whom when thoughts branch off every position of a text, and how to compute it.
 
-`may_attend` is the rule: a branch token sees the text up to its position, and its own branch. The
-README's picture and the tests' dense mask are made from it, and so is the reference below. The fast
-way, and `model.CausalContext` for plain text and for generation, restate it: to change the rule,
-change all three; the tests compare them. No [text + thoughts]^2 mask is formed:
+`may_attend` is the rule: the README's picture, the tests' dense mask and the reference below come
+from it. The fast way, and `model.CausalContext` for plain text and for generation, restate it: to
+change the rule, change all three; the tests compare them. No [text + thoughts]^2 mask is formed:
 
   thought_attention    the reference: explicit scores of text and own branch, any window
   TwoPartAttention     all tokens that branch off position p see the text 0 .. p. On the head axis
@@ -22,12 +21,11 @@ from model import CausalContext, may_see
 aten = torch.ops.aten
 
 
-def may_attend(query, key, same_thought, window: int | None = None):
+def may_attend(query, key, same_thought, window=None):
     """The attention rule. `query` and `key` are (text position, step) each: step 0 is the text
     itself, step s >= 1 the s-th token that branches off it, at rotary position `position + s`.
     A token sees the text up to its own position and its own thought up to itself. A window counts
-    distances as a plain causal pass over text + thought would.
-    """
+    distances as a plain causal pass over text + thought would."""
     q_position, q_step = query
     k_position, k_step = key
     text = (k_step == 0) & (k_position <= q_position)
@@ -40,26 +38,24 @@ def thought_attention(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, po
     m = q_BNPmHE.shape[3]
     M = k_BNPMKE.shape[3]
     L, K, E = k_text_BLKE.shape[1:]
-    # who sees whom, by the rule
+    # who sees whom, by the rule, [B, K, G, N, P, m, L or M]
     step_M = torch.arange(1, M + 1, device=q_BNPmHE.device)
     text_L = torch.arange(L, device=q_BNPmHE.device)
-    position_BP11 = position_BP[:, :, None, None]
-    query = (position_BP11, step_M[M - m:, None])
-    text_key = (text_L, torch.zeros_like(text_L))
-    own_key = (position_BP11, step_M)
-    see_text_BPmL = may_attend(query, text_key, False, window)
-    see_own_BPmM = may_attend(query, own_key, True, window)
+    position_B111P11 = position_BP[:, None, None, None, :, None, None]
+    query = position_B111P11, step_M[M - m:, None]
+    sees_text = may_attend(query, (text_L, torch.zeros_like(text_L)), False, window)
+    sees_own = may_attend(query, (position_B111P11, step_M), True, window)
     # scores of both groups of keys, the text first
     q_BNPmKGE = q_BNPmHE.unflatten(-2, (K, -1)) / math.sqrt(E)
     text = torch.einsum("bnpmkge,blke->bkgnpml", q_BNPmKGE, k_text_BLKE)
     own = torch.einsum("bnpmkge,bnpjke->bkgnpmj", q_BNPmKGE, k_BNPMKE)
-    text = text.masked_fill(~see_text_BPmL[:, None, None, None], -torch.inf)
-    own = own.masked_fill(~see_own_BPmM[:, None, None, None], -torch.inf)
+    text = text.masked_fill(~sees_text, -torch.inf)
+    own = own.masked_fill(~sees_own, -torch.inf)
     # one softmax over both, in fp32 at least
     softmax_dtype = torch.promote_types(q_BNPmHE.dtype, torch.float32)
-    score = torch.cat((text, own), dim=-1)
-    weight = score.softmax(dim=-1, dtype=softmax_dtype).to(q_BNPmHE.dtype)
-    text, own = weight.split((L, M), dim=-1)
+    score = torch.cat((text, own), -1)
+    weight = score.softmax(-1, dtype=softmax_dtype).to(q_BNPmHE.dtype)
+    text, own = weight.split((L, M), -1)
     text_BNPmKGE = torch.einsum("bkgnpml,blke->bnpmkge", text, v_text_BLKE)
     own_BNPmKGE = torch.einsum("bkgnpmj,bnpjke->bnpmkge", own, v_BNPMKE)
     return (text_BNPmKGE + own_BNPmKGE).flatten(-3, -2)
@@ -67,29 +63,26 @@ def thought_attention(q_BNPmHE, k_BNPMKE, v_BNPMKE, k_text_BLKE, v_text_BLKE, po
 
 def causal_flash(q_BhPE, k_BKPE, v_BKPE):
     """The fused kernel: output, log-sum-exp [B, h, P], and what else its backward needs."""
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu        # needs nothing else
     if q_BhPE.is_cuda:
-        out, lse, *rest = aten._scaled_dot_product_flash_attention(q_BhPE, k_BKPE, v_BKPE, 0, True)
-        return out, lse, rest[:6]
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BhPE, k_BKPE, v_BKPE, 0.0, True)
-    return out, lse, []
+        kernel = aten._scaled_dot_product_flash_attention
+    out, lse, *rest = kernel(q_BhPE, k_BKPE, v_BKPE, 0.0, True)
+    return out, lse, rest[:6]
 
 
 def causal_flash_backward(d_out, q, k, v, out, lse, rest):
     """The kernel's backward. It computes exp(score - lse) and sum(d_out * out) from its arguments,
     so given the *merged* out and lse it returns the text part's share of the merged gradient."""
+    kernel = aten._scaled_dot_product_flash_attention_for_cpu_backward
     if q.is_cuda:
-        return aten._scaled_dot_product_flash_attention_backward(
-            d_out, q, k, v, out, lse, *rest[:4], 0.0, True, *rest[4:])
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        d_out, q, k, v, out, lse, 0.0, True)
+        kernel = aten._scaled_dot_product_flash_attention_backward
+    return kernel(d_out, q, k, v, out, lse, *rest[:4], 0.0, True, *rest[4:])
 
 
 class TwoPartAttention(torch.autograd.Function):
     """Equal to `thought_attention` where positions are 0 .. P-1 and no window binds, but faster.
-
     `branch_kv`: keys and values, [B, N, P, m, K, E] each, of every pass so far: separate tensors,
-    of which autograd saves each once, instead of a concatenation that grows with every pass.
-    """
+    of which autograd saves each once, instead of a concatenation that grows with every pass."""
     @staticmethod
     def forward(ctx, q_BNPmHE, k_text_BPKE, v_text_BPKE, *branch_kv):
         k_BNPMKE, v_BNPMKE = concatenated(branch_kv)
@@ -106,8 +99,7 @@ class TwoPartAttention(torch.autograd.Function):
         # own part: the few keys of the branch itself
         score = torch.einsum("bnpmkge,bnpjke->bnpmkgj", q_BNPmKGE, k_BNPMKE)
         score = (score / math.sqrt(E)).to(text_lse.dtype)
-        all_mM = torch.ones(m, M, dtype=torch.bool, device=score.device)
-        later_mM = all_mM.triu(M - m + 1)
+        later_mM = torch.ones(m, M, dtype=torch.bool, device=score.device).triu(M - m + 1)
         score = score.masked_fill_(later_mM[:, None, None], -torch.inf)
         # merge: each part weighs as much as its share of the whole softmax
         own_lse = score.logsumexp(-1, keepdim=True)
@@ -146,16 +138,13 @@ class TwoPartAttention(torch.autograd.Function):
         d_v = torch.einsum("bnpmkgj,bnpmkge->bnpjke", own_weight, d_out)
         # back to the passes that the keys and values came from
         lengths = [k.shape[3] for k in branch_kv[::2]]
-        d_pairs = zip(d_k.split(lengths, dim=3), d_v.split(lengths, dim=3))
-        d_branch_kv = [d for pair in d_pairs for d in pair]
+        d_branch_kv = sum(zip(d_k.split(lengths, 3), d_v.split(lengths, 3)), ())
         return d_q, d_k_text.transpose(1, 2), d_v_text.transpose(1, 2), *d_branch_kv
 
 
 def concatenated(branch_kv):
     """All keys and all values, [B, N, P, M, K, E] each, from those of every pass in turn."""
-    keys = branch_kv[::2]
-    values = branch_kv[1::2]
-    return torch.cat(keys, dim=3), torch.cat(values, dim=3)
+    return torch.cat(branch_kv[::2], 3), torch.cat(branch_kv[1::2], 3)
 
 
 def thoughts_to_heads(x_BNPmKGE):
@@ -169,18 +158,14 @@ def heads_to_thoughts(x_BhPE, shape):
     return x_BhPE.reshape(B, K, G, N, m, P, -1).permute(0, 3, 5, 4, 1, 2, 6)
 
 
-def has_flash(q) -> bool:
-    """True if a GPU's fused kernel takes such queries: bf16, heads of 8 to 256, Ampere or later."""
-    E = q.shape[-1]
-    is_new = torch.cuda.get_device_capability(q.device) >= (8, 0)
-    return q.dtype == torch.bfloat16 and E % 8 == 0 and E <= 256 and is_new
-
-
-def attend_branch(q, branch_kv, k_text, v_text, position_BP, window, all_positions: bool):
+def attend_branch(q, branch_kv, k_text, v_text, position_BP, window, all_positions):
     """Attention of branch tokens, by TwoPartAttention if `all_positions`, 0 .. P-1, think."""
     M = sum(k.shape[3] for k in branch_kv[::2])
-    window_binds = window is not None and window < k_text.shape[1] + M
-    no_kernel = q.is_cuda and not has_flash(q)
+    window_binds = window and window < k_text.shape[1] + M
+    # a GPU's fused kernel takes bf16 and heads of 8 to 256, from Ampere on
+    no_kernel = q.is_cuda and (
+        q.dtype != torch.bfloat16 or q.shape[-1] % 8 or q.shape[-1] > 256
+        or torch.cuda.get_device_capability(q.device) < (8, 0))
     # on a CPU the kernel's backward is 8 times slower in bf16, and less accurate: use fp32 there
     dtype = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
     tensors = [t.to(dtype) for t in (q, k_text, v_text, *branch_kv)]
@@ -196,66 +181,56 @@ def attend_branch(q, branch_kv, k_text, v_text, position_BP, window, all_positio
     return out.to(q.dtype)
 
 
-class PackedContext:
-    """One pass over the text (L tokens) followed by all branches (N * P * M tokens)."""
-    def __init__(self, text_len: int, position_BP, n_thoughts: int, branch_len: int,
-                 all_positions: bool):
-        self.text_len = text_len
-        self.think_position_BP = position_BP
-        self.all_positions = all_positions
-        self.shape = (n_thoughts, position_BP.shape[1], branch_len)
-        # rotary positions: the s-th branch token of position p sits at p + s
-        step_M = torch.arange(1, branch_len + 1, device=position_BP.device)
-        branch_B1PM = position_BP[:, None, :, None] + step_M
-        branch_BNPM = branch_B1PM.expand(-1, *self.shape)
-        text_L = torch.arange(text_len, device=position_BP.device)
-        text_BL = text_L.expand(len(position_BP), -1)
-        self.text_context = CausalContext(text_BL)
-        self.position_BS = torch.cat((text_BL, branch_BNPM.flatten(1)), dim=1)
-
-    def attend(self, q_BSHE, k_BSKE, v_BSKE, layer: int, window: int | None):
-        qkv = q_BSHE, k_BSKE, v_BSKE
-        # the text comes first in the pass: ordinary causal attention
-        q_text, k_text, v_text = (t[:, :self.text_len] for t in qkv)
-        q, k, v = (t[:, self.text_len:].unflatten(1, self.shape) for t in qkv)
-        text_BLHE = self.text_context.attend(q_text, k_text, v_text, layer, window)
-        branch_BNPMHE = attend_branch(q, [k, v], k_text, v_text, self.think_position_BP, window,
-                                      self.all_positions)
-        return torch.cat((text_BLHE, branch_BNPMHE.flatten(1, 3)), dim=1)
-
-
 class GrowingContext:
-    """`PackedContext` with a KV cache: the first pass is the text, each later pass adds m tokens to
-    every thought. While the N thoughts of a position are identical, one may stand for all."""
-    def __init__(self, text_len: int, position_BP, all_positions: bool):
+    """A text in the first pass, then m more tokens of every thought in each pass, with a KV cache.
+    While the N thoughts of a position are identical, one may stand for all."""
+    def __init__(self, text_len, position_BP, all_positions):
         self.think_position_BP = position_BP
         self.all_positions = all_positions
         text_L = torch.arange(text_len, device=position_BP.device)
         self.position_BS = text_L.expand(len(position_BP), -1)
         self.n_cached = 0                               # branch tokens so far
-        self.shape = None                               # N, P, m of the pass
         self.text_kv = {}                               # by layer
         self.branch_kv = {}
 
-    def begin_pass(self, n_new: int, n_thoughts: int):
+    def begin_pass(self, n_new, n_thoughts):
         """Announce that the next pass adds `n_new` tokens to each of `n_thoughts` thoughts."""
-        position_BP1 = self.think_position_BP[..., None]
-        step_m = self.n_cached + torch.arange(1, n_new + 1, device=position_BP1.device)
-        position_BPm = position_BP1 + step_m
+        # rotary positions: the s-th branch token of position p sits at p + s
+        step_m = self.n_cached + torch.arange(1, n_new + 1, device=self.position_BS.device)
+        position_BPm = self.think_position_BP[:, :, None] + step_m
         self.position_BS = position_BPm.flatten(1).repeat(1, n_thoughts)
+        self.shape = n_thoughts, *position_BPm.shape[1:]                # N, P, m of the pass
         self.n_cached += n_new
-        self.shape = (n_thoughts, *position_BPm.shape[1:])
 
-    def attend(self, q_BSHE, k_BSKE, v_BSKE, layer: int, window: int | None):
+    def attend(self, q_BSHE, k_BSKE, v_BSKE, layer, window):
         if not self.n_cached:
             self.text_kv[layer] = k_BSKE, v_BSKE
             return CausalContext(self.position_BS).attend(q_BSHE, k_BSKE, v_BSKE, layer, window)
-        q, k, v = (t.unflatten(1, self.shape) for t in (q_BSHE, k_BSKE, v_BSKE))
-        self.branch_kv[layer] = self.branch_kv.get(layer, []) + [k, v]
+        q, *kv = (t.unflatten(1, self.shape) for t in (q_BSHE, k_BSKE, v_BSKE))
+        self.branch_kv.setdefault(layer, []).extend(kv)
         # the first pass computed one copy for all N thoughts: repeat it N times
         N = self.shape[0]
         branch_kv = [t.expand(-1, N, -1, -1, -1, -1) for t in self.branch_kv[layer]]
-        k_text, v_text = self.text_kv[layer]
-        out_BNPmHE = attend_branch(q, branch_kv, k_text, v_text, self.think_position_BP, window,
-                                   self.all_positions)
+        out_BNPmHE = attend_branch(q, branch_kv, *self.text_kv[layer], self.think_position_BP,
+                                   window, self.all_positions)
         return out_BNPmHE.flatten(1, 3)
+
+
+class PackedContext(GrowingContext):
+    """All in one pass: the text (L tokens), followed by all branches (N * P * M tokens)."""
+    def __init__(self, text_len, position_BP, n_thoughts, branch_len, all_positions):
+        super().__init__(text_len, position_BP, all_positions)
+        self.text_len = text_len
+        self.text_context = CausalContext(self.position_BS)
+        self.begin_pass(branch_len, n_thoughts)
+        self.position_BS = torch.cat((self.text_context.position_BS, self.position_BS), 1)
+
+    def attend(self, q_BSHE, k_BSKE, v_BSKE, layer, window):
+        qkv = q_BSHE, k_BSKE, v_BSKE
+        # the text comes first in the pass: ordinary causal attention
+        q_text, *kv_text = (t[:, :self.text_len] for t in qkv)
+        q, *kv = (t[:, self.text_len:].unflatten(1, self.shape) for t in qkv)
+        text_BLHE = self.text_context.attend(q_text, *kv_text, layer, window)
+        branch_BNPMHE = attend_branch(q, kv, *kv_text, self.think_position_BP, window,
+                                      self.all_positions)
+        return torch.cat((text_BLHE, branch_BNPMHE.flatten(1, 3)), 1)

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import config
-from config import UserError, atomic_write, file_errors, read_json, rename_folder
+from config import UserError, atomic_write, file_errors, read_json, rename_folder, write_text
 from distributed import Distributed, fail_together, pick_device
 from formats.gguf import gguf_config, gguf_tensors
 from formats.huggingface import (MARKER_SCALE, file_name, from_config, open_tensors, permute_rope,
@@ -43,8 +43,7 @@ MOMENTS = "exp_avg", "exp_avg_sq"        # AdamW's means of the gradient and of 
 
 @file_errors()
 def find_checkpoint(folder: str | Path) -> Path:
-    """Return `folder`, or the newest checkpoint in it if it is a run's; or a GGUF file itself.
-    Raises UserError."""
+    """Return `folder`, its newest checkpoint if it is a run's, or a GGUF file. Raises UserError."""
     folder = Path(folder)
     if is_gguf(folder) and folder.is_file():
         return folder
@@ -52,10 +51,12 @@ def find_checkpoint(folder: str | Path) -> Path:
         raise UserError(f"{folder} is missing: name a folder that holds a checkpoint")
     if pointed(folder):
         return pointed(folder)
+    if (folder / "config.json").exists() or (folder / "params.json").exists():
+        return folder                 # it holds a model itself, whatever lies beside it
     others = _checkpoints(folder)
-    if not others and (folder / "latest").is_file() and not _has_config(folder):
+    if not others and (folder / "latest").is_file():
         raise UserError(f"{folder}/latest names no checkpoint beside it, and there is no other")
-    return others[-1] if others and not _has_config(folder) else folder
+    return others[-1] if others else folder
 
 
 def pointed(out: Path) -> Path | None:
@@ -74,16 +75,14 @@ def _beside(out: Path, name) -> Path | None:
 def read_config(folder: str | Path) -> tuple[ModelConfig, ThoughtConfig | None]:
     """Return a checkpoint's architecture, and the settings of its `quiet_star` section if any."""
     path, _ = _find_files(Path(folder))
-    if is_gguf(path):
-        return from_config(gguf_config(path), path)
-    return from_config(read_json(path), path)
+    given = gguf_config(path) if is_gguf(path) else read_json(path)
+    return from_config(given, path)
 
 
 def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32,
                thought_config: ThoughtConfig | None = None) -> Mistral | QuietSTaR:
-    """Load a checkpoint of any layout: a QuietSTaR if its tensors or its config say so. `dtype`
-    None keeps each tensor's own; `thought_config` replaces the stored settings, except
-    `marker_ids`. Raises UserError for anything that is missing, damaged or not supported."""
+    """Load any layout: a QuietSTaR if tensors or config say so. `dtype` None keeps a tensor's own;
+    `thought_config` replaces the stored settings, except `marker_ids`. Raises UserError."""
     with _or_the_one_before(Path(folder)):
         path, file = _find_files(Path(folder))
         shape, stored_config = read_config(folder)
@@ -103,7 +102,10 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = tor
             settings = thought_config or stored_config
             model = QuietSTaR(base, replace(settings, marker_ids=stored_config.marker_ids))
     if shape.tied:
-        _check_tied_head(path, layout, tensors)
+        embed, head = (tensors.get(file_name(n, layout)) for n in ("embed.weight", "head.weight"))
+        if embed and head and not torch.equal(embed.read(None, "cpu"), head.read(None, "cpu")):
+            raise UserError(f"{path}: tie_word_embeddings is true, but the head in the file is not "
+                            "the embedding: write false if the head is meant")
     for name, theirs in _checked_names(path, model, layout, tensors).items():
         tensor = tensors[theirs].read(dtype, device)
         if layout == "mistral":
@@ -146,20 +148,14 @@ def add_thoughts(model: Mistral, settings: ThoughtConfig, dash_id: int, generato
     return quiet.to(embedding_D.device)
 
 
-def _has_config(folder: Path) -> bool:
-    """Return True if the folder itself holds a model, whatever lies beside it."""
-    return (folder / "config.json").exists() or (folder / "params.json").exists()
-
-
 def has_checkpoints(out: Path) -> bool:
     """Return True if a run has saved to this folder."""
-    return bool(pointed(out) or _checkpoints(out))
+    return bool(_checkpoints(out))
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    """List a run's checkpoints: first those that another was saved after, then by step. A copy
-    under another name is not one."""
-    own = list(filter(None, (_beside(out, path.name) for path in out.glob("step-*"))))
+    """List a run's checkpoints: first those that another was saved after, then by step."""
+    own = [path for path in out.glob("step-*") if _beside(out, path.name)]
     followed = {_former(path) for path in own}
     return sorted(own, key=lambda path: (path not in followed, int(path.name[5:])))
 
@@ -180,14 +176,6 @@ def _find_files(folder: Path) -> tuple[Path, Path]:
             return folder / config_name, folder / name
     raise UserError(f"{folder} holds no whole checkpoint: config.json and {WEIGHTS} or its index, "
                     f"or params.json and {MISTRAL_WEIGHTS}; see docs/CHECKPOINTS.md for .bin files")
-
-
-def _check_tied_head(path: Path, layout: str, tensors: dict) -> None:
-    """Raise UserError if there is a head of its own, although the config says that it is tied."""
-    embed, head = (tensors.get(file_name(f"{name}.weight", layout)) for name in ("embed", "head"))
-    if embed and head and not torch.equal(embed.read(None, "cpu"), head.read(None, "cpu")):
-        raise UserError(f"{path}: tie_word_embeddings is true, but the head in the file is not the "
-                        "embedding: write false if the head is meant")
 
 
 def _checked_names(path: Path, model: nn.Module, layout: str, tensors: dict) -> dict[str, str]:
@@ -214,8 +202,7 @@ def _checked_names(path: Path, model: nn.Module, layout: str, tensors: dict) -> 
 
 
 def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtype | None = None,
-               shard_bytes: float = 5e9, tokenizer=None,
-               tensors: dict[str, torch.Tensor] | None = None) -> None:
+               shard_bytes: float = 5e9, tokenizer=None, tensors: dict | None = None) -> None:
     """Write `model` in our layout, and `tokenizer` beside it. Raises UserError if it cannot.
     `dtype` None keeps each tensor's own, `shard_bytes` bounds a file, `tensors` by name replace the
     parameters. A killed save leaves no config.json, hence nothing that looks like a checkpoint."""
@@ -247,41 +234,40 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
                 raise UserError(f"cannot write {folder / file}: {error}") from None
     if entry == INDEX:
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
-        _write(folder / INDEX, json.dumps(index))
+        write_text(folder / INDEX, json.dumps(index))
     if tokenizer:
         tokenizer.copy_to(folder)
         others = sorted(tokenizer.ends - {tokenizer.bos, tokenizer.eos})
         ends = [tokenizer.eos, *others] if others else tokenizer.eos
         given |= {"bos_token_id": tokenizer.bos, "eos_token_id": ends}
-    _write(folder / "config.json", json.dumps(given, indent=1))
+    write_text(folder / "config.json", json.dumps(given, indent=1))
 
 
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)
-
-
-def save_run(out: Path, step: int, model: Mistral | QuietSTaR, optimizer, settings: dict,
-             tokenizer, dist: Distributed) -> None:
+def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, dist: Distributed):
     """Save a step of a run. All ranks call; raises UserError on one, and the others exit."""
     folder, draft, former = out / f"step-{step:06d}", out / "draft", pointed(out)
     tensors = full_parameters(model, dist)
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     try:
-        with fail_together(dist), _written(out):
+        with fail_together(dist), file_errors():
+            if broken:
+                raise UserError(f"{broken[0]} holds nan or infinity after step {step}")
             if dist.is_main:
-                _check_finite(tensors, step)
                 shutil.rmtree(draft, ignore_errors=True)
                 save_model(model, draft, tokenizer=tokenizer, tensors=tensors)
-        with fail_together(dist), _written(out):
+        with fail_together(dist), file_errors():
             _transfer_moments(model, optimizer, step, draft / "optimizer", dist, save=True)
             if dist.is_main:          # all ranks have written
                 shares = sorted(path.name for path in (draft / "optimizer").iterdir())
                 state = {"step": step, "settings": settings, "shares": shares,
                          "former": former and former.name}
-                _write(draft / "state.json", json.dumps(state))
+                write_text(draft / "state.json", json.dumps(state))
                 rename_folder(draft, folder)
-                _write(out / "latest", folder.name)
+                write_text(out / "latest", folder.name)
                 _delete_older(former)
+    except UserError as error:
+        raise UserError(f"cannot save to {out}: {error}; last good: "
+                        f"{pointed(out) or 'none yet'}") from None
     finally:
         if dist.is_main:
             shutil.rmtree(draft, ignore_errors=True)
@@ -296,12 +282,6 @@ def _delete_older(kept: Path | None) -> None:
         old = older if older and not old.exists() else None
 
 
-def _check_finite(tensors: dict[str, torch.Tensor], step: int) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{name} holds nan or infinity after step {step}")
-
-
 def full_parameters(model, dist: Distributed) -> dict[str, torch.Tensor]:
     """Return every parameter by name on rank 0, and nothing elsewhere. All ranks call."""
     tensors = {}
@@ -312,29 +292,17 @@ def full_parameters(model, dist: Distributed) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@contextmanager
-def _written(out: Path):
-    """Turn an error in writing into a UserError that names the last good checkpoint."""
-    try:
-        yield
-    except (UserError, OSError, SafetensorError) as error:
-        raise UserError(f"cannot save to {out}: {error}; last good: "
-                        f"{pointed(out) or 'none yet'}") from None
-
-
 def read_state(folder: Path) -> dict:
     """Return a checkpoint's `step`, `settings`, and the optimizer's file names in `shares`."""
     with _or_the_one_before(folder):
-        shape = {"step": int, "settings": dict, "shares": [str]}
-        state = read_json(folder / "state.json", shape)
+        state = read_json(folder / "state.json", {"step": int, "settings": dict, "shares": [str]})
         if state["step"] < 0:
             raise UserError(f"{folder}/state.json: step {state['step']} is below 0")
     settings = state["settings"].items()          # JSON has no tuples
     return state | {"settings": {n: tuple(v) if isinstance(v, list) else v for n, v in settings}}
 
 
-def load_optimizer(folder: Path, state: dict, model: Mistral | QuietSTaR, optimizer,
-                   dist: Distributed) -> None:
+def load_optimizer(folder: Path, state: dict, model, optimizer, dist: Distributed) -> None:
     """Fill the optimizer's moments, each rank its share, whatever number of ranks saved them."""
     shares = folder / "optimizer"
     with _or_the_one_before(folder):

@@ -2,10 +2,9 @@
 
     game, train = parse(GameConfig, TrainConfig)          # --steps=300, --steps 300, --help
 
-The options are the fields of the dataclasses: name, type, default, and as help the comment behind
-the field; --show-thoughts is --show_thoughts. `UserError` is the only exception that becomes one
-line; all others keep their traceback, because people fork this. Left out on purpose: files of
-settings, and executing anything. A preset is a command in runs/.
+An option is a field of a dataclass: its name, type and default, and as help the comment behind it.
+Only a `UserError` becomes one line; all others keep their traceback, because people fork this. Left
+out on purpose: executing anything, and files of settings: a preset is a command in runs/.
 """
 import argparse
 import dataclasses
@@ -25,9 +24,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-OLDEST_TORCH = "2.11"
-
-
 class UserError(ValueError):
     """A mistake of the user's, or a damaged file. The message names the value and the remedy."""
 
@@ -38,29 +34,30 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(*dataclasses_, argv: list[str] | None = None, defaults: dict | None = None) -> tuple:
-    """Return one instance of each dataclass, filled from `argv` (default: the process's own).
-
-    `defaults`, by field name, replace the dataclasses' own. Raises UserError for an unknown option,
-    a value of the wrong type, or a combination that a dataclass refuses.
-    """
+    """Return one instance of each dataclass, filled from `argv` (default: the process's own), else
+    from `defaults` by field name, where None stands for the dataclass's own. Raises UserError."""
     description = sys.modules["__main__"].__doc__ or ""
     parser = _Parser(description=description.strip().split("\n")[0], allow_abbrev=False)
-    names, kinds = [], {}
+    kinds = {}
     for cls in dataclasses_:
         group = parser.add_argument_group(cls.__name__)
-        source = ""
+        comments = {}                                        # each field's comment is its help
         with suppress(OSError):                              # a class typed at a prompt has none
-            source = inspect.getsource(cls)                  # each field's comment is its help
-        comments = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", source, flags=re.MULTILINE))
+            comments = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(cls), re.M))
         for field in dataclasses.fields(cls):
-            names.append(f"--{field.name}")
             kinds[field.name] = field.type
-            group.add_argument(names[-1], **_argument(field, comments.get(field.name, "")))
-    stored = {name: _as_option(value, kinds.get(name)) for name, value in (defaults or {}).items()}
-    parser.set_defaults(**stored)                            # as text, so that it is checked too
+            group.add_argument(f"--{field.name}", **_argument(field, comments.get(field.name, "")))
+    for name, value in (defaults or {}).items():
+        if isinstance(value, (list, tuple)) and typing.get_origin(kinds.get(name)) is tuple:
+            value = ",".join(map(str, value))
+        if value is not None:
+            parser.set_defaults(**{name: str(value)})        # as text, so that it is checked too
     words = sys.argv[1:] if argv is None else argv
     values, unknown = parser.parse_known_args([_underscored(word) for word in words])
+    for name, kind in kinds.items():
+        _check_value(name, getattr(values, name), kind)
     if unknown:
+        names = [f"--{name}" for name in kinds]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else " (see --help)"
         raise UserError(f"unknown option {unknown[0]}{hint}")
@@ -71,11 +68,9 @@ def parse(*dataclasses_, argv: list[str] | None = None, defaults: dict | None = 
 
 
 def from_stored(cls, values: dict, path):
-    """Return a dataclass filled from what a file holds, checked like options; null means the
-    default. Raises UserError."""
-    given = {name: value for name, value in values.items() if value is not None}
+    """Return a dataclass of what a file holds, checked like options. Raises UserError."""
     try:
-        return parse(cls, argv=[], defaults=given)[0]
+        return parse(cls, argv=[], defaults=values)[0]
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix('--')}") from None
 
@@ -105,18 +100,13 @@ def run(main) -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):    # of another encoding, or closed
         stream.reconfigure(errors="backslashreplace")
     try:
-        _check_torch()
+        version = getattr(sys.modules.get("torch"), "__version__", "2.11")
+        if [int(n) for n in re.findall("[0-9]+", version)[:2]] < [2, 11]:
+            raise UserError(f"torch {version} is older than 2.11: install a newer one")
         main()
     except UserError as error:
-        line = " ".join(str(error).split())
-        print("error: " + printable(line), file=sys.stderr)
+        print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(2)
-
-
-def _check_torch() -> None:
-    version = getattr(sys.modules.get("torch"), "__version__", OLDEST_TORCH)
-    if [int(n) for n in re.findall("[0-9]+", version)[:2]] < [2, 11]:
-        raise UserError(f"torch {version} is older than {OLDEST_TORCH}: install a newer one")
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -137,57 +127,33 @@ def _underscored(word: str) -> str:
 def _argument(field, comment: str) -> dict:
     """Describe one field to argparse."""
     kind, default = field.type, field.default
-    parts = typing.get_args(kind)                            # int | None: read as int if given
+    parts = typing.get_args(kind)
     shown = "" if default in ("", (), None) else f" (default: {default})"
-    help_text = (comment + shown).replace("%", "%%").strip()
-    common = dict(default=default, help=help_text)
+    common = dict(default=default, help=(comment + shown).replace("%", "%%").strip())
     if kind is bool:
         return dict(common, type=true_or_false, nargs="?", const=True, metavar="BOOL")
     if typing.get_origin(kind) is typing.Literal:
-        return dict(common, type=_one_of(parts), metavar="|".join(parts))
+        return dict(common, metavar="|".join(parts))
     if typing.get_origin(kind) is tuple:
-        return dict(common, type=_tuple_of(_reader(parts[0])), metavar="VALUES")
-    kind = parts[0] if parts else kind
-    return dict(common, type=_reader(kind), metavar=kind.__name__.upper())
+        def comma_separated(text: str):                      # its name is in argparse's messages
+            return tuple(parts[0](part) for part in text.split(",") if part)
+        return dict(common, type=comma_separated, metavar="VALUES")
+    kind = parts[0] if parts else kind                       # int | None: read as int if given
+    return dict(common, type=kind, metavar=kind.__name__.upper())
 
 
-def _as_option(value, kind):
-    """Write a stored value as it would stand on the command line."""
-    if isinstance(value, (list, tuple)) and typing.get_origin(kind) is tuple:
-        return ",".join(map(str, value))
-    return value if value is None else str(value)
-
-
-def _reader(kind):
-    """A function from text to this kind. No option means anything below 0, at infinity, or nan."""
-    if kind is str:
-        return kind
-
-    def value(text: str):
-        number = kind(text)
-        if not 0 <= number < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is below 0 or not finite")
-        return number
-    value.__name__ = kind.__name__                           # in what argparse says
-    return value
+def _check_value(name: str, value, kind) -> None:
+    """Raise UserError for a choice that does not exist, or a number below 0, infinite or nan."""
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal and value not in choices:
+        raise UserError(f"--{name}: '{value}' is not one of {', '.join(choices)} (see --help)")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, (int, float)) and not 0 <= number < math.inf:
+            raise UserError(f"--{name}: {number} is below 0 or not finite (see --help)")
 
 
 def true_or_false(text: str) -> bool:
     return ("false", "true").index(text.lower()) == 1
-
-
-def _one_of(choices: tuple[str, ...]):
-    def value(text: str):
-        if text not in choices:
-            raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(choices)}")
-        return text
-    return value
-
-
-def _tuple_of(kind):
-    def comma_separated(text: str):
-        return tuple(kind(part) for part in text.split(",") if part)
-    return comma_separated
 
 
 def read_text(path: str | Path) -> str:
@@ -199,8 +165,7 @@ def read_text(path: str | Path) -> str:
 
 
 def decode_text(content: bytes, source) -> str:
-    """Return text that comes in, from wherever: UTF-8, without a byte order mark, lines ending in
-    a newline alone. Raises UserError if it is not UTF-8."""
+    """Return incoming UTF-8 text without byte order mark, with plain newlines, or UserError."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -213,11 +178,16 @@ def read_json(path: str | Path, shape=dict):
     """Read a JSON file of this shape (see `check_json`). Raises UserError."""
     if Path(path).exists() and not Path(path).is_file():     # a pipe would never end
         raise UserError(f"{path} is not a file")
+    return parse_json(read_text(path), shape, path)
+
+
+def parse_json(text: str, shape, name):
+    """Return the value of a JSON text of this shape, as `read_json` does."""
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): download it again") from None
-    check_json(value, shape, path)
+        raise UserError(f"{name} is not JSON ({error}): download it again") from None
+    check_json(value, shape, name)
     return value
 
 
@@ -258,13 +228,8 @@ def file_errors():
 
 @contextmanager
 def atomic_write(path: str | Path):
-    """Yield a temporary path to write to; it gets its name once it is whole and on the disk.
-
-        with atomic_write("out/latest") as temporary:
-            temporary.write_text("step-000100")
-
-    A process that is killed leaves the former file. Raises UserError if it cannot be written.
-    """
+    """Yield a temporary path to write to; it gets its name once it is whole and on the disk. A
+    process that is killed leaves the former file. Raises UserError if it cannot be written."""
     path, temporary = Path(path), Path(f"{path}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -277,6 +242,12 @@ def atomic_write(path: str | Path):
     finally:
         with suppress(OSError):                              # gone, if all went well
             temporary.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file by `atomic_write`, in UTF-8."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, "utf-8")
 
 
 def lock_folder(folder: Path, owner) -> None:

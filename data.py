@@ -22,7 +22,7 @@ import sentencepiece
 import torch
 
 from config import (UserError, atomic_write, check_at_most, decode_text, file_errors, parse,
-                    read_json, run)
+                    read_json, run, write_text)
 from tokenizer import load_tokenizer
 
 MAX_LINE = 256 << 20                  # bytes
@@ -52,41 +52,39 @@ def read_texts(paths, fields):
 
 
 def read_rows(path):
-    """Yield line number, from 1, and row; blank lines are skipped. Raises UserError, with the line,
-    for a damaged file."""
-    for line, row in _rows(path):
-        if row is not None:
-            yield line, row
-
-
-def _rows(path):
-    opener = gzip.open if path.endswith(".gz") else open
-    line = 0
+    """Yield line numbers, from 1, and rows, without blank lines. Raises UserError with the line."""
+    number = 0
     try:
-        with opener(path, "rb") as file:
-            rows = (json.loads(line) if line.strip() else None for line in _lines(file))
-            if path.endswith(".txt"):
-                rows = [{"text": decode_text(file.read(), path)}]
-            elif path.endswith(".parquet"):
-                from pyarrow.parquet import ParquetFile
-                batches = ParquetFile(file).iter_batches(batch_size=1024)
-                rows = (row for batch in batches for row in batch.to_pylist())
-            for line, row in enumerate(rows, start=1):
-                yield line, row
+        for number, row in enumerate(_rows(path), start=1):
+            if row is not None:
+                yield number, row
     except UserError:
         raise
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise UserError(f"{path}:{line + 1}: damaged or absent ({error}): replace it") from None
+        raise UserError(f"{path}:{number + 1}: damaged or absent ({error}): replace it") from None
 
 
-def _lines(file):
-    """Yield the lines of a file; one that a small compressed file blows up to is refused."""
-    while line := file.readline(MAX_LINE + 1):
-        if len(line) > MAX_LINE:
-            raise ValueError(f"a line of more than {MAX_LINE} bytes")
-        yield line
+def _rows(path):
+    """Yield the rows of a file, and None for a blank line."""
+    opener = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rb") as file:
+        if path.endswith(".txt"):
+            yield {"text": decode_text(file.read(), path)}
+        elif path.endswith(".parquet"):
+            from pyarrow.parquet import ParquetFile
+            for batch in ParquetFile(file).iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+        else:
+            yield from map(_json_row, iter(lambda: file.readline(MAX_LINE + 1), b""))
+
+
+def _json_row(line: bytes):
+    """Return a line's row. One that a small compressed file blows up to is refused."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"a line of more than {MAX_LINE} bytes")
+    return json.loads(line) if line.strip() else None
 
 
 def train_tokenizer(texts, vocab_size):
@@ -111,8 +109,7 @@ def is_held_out(key: str, val_share: float) -> bool:
 
 
 def prepare(texts, tokenizer, out, val_share, sources, split_key=str):
-    """Write documents as bos + tokens + eos, where the tokenizer has these; return the meta. Of a
-    single document, the end is held out."""
+    """Write documents as bos + tokens + eos; return the meta. A single one gives its end to val."""
     out = Path(out)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     end = [] if tokenizer.eos is None else [tokenizer.eos]
@@ -124,8 +121,7 @@ def prepare(texts, tokenizer, out, val_share, sources, split_key=str):
         first = list(islice(texts, 2))
         for text in chain(first, texts):
             ids = tokenizer.encode(text, bos=True) + end
-            held_out = is_held_out(split_key(text), val_share)
-            n_train = 0 if held_out else len(ids)
+            n_train = 0 if is_held_out(split_key(text), val_share) else len(ids)
             if len(first) == 1:
                 n_train = round((1 - val_share) * len(ids))
             parts = {"train": ids[:n_train], "val": ids[n_train:]}
@@ -141,8 +137,7 @@ def prepare(texts, tokenizer, out, val_share, sources, split_key=str):
                 eos=tokenizer.eos, tokenizer_sha256=tokenizer.sha256, sources=sources,
                 n_tokens={split: sum(lengths[split]) for split in lengths},
                 n_docs={split: len(lengths[split]) for split in lengths})
-    with atomic_write(out / "meta.json") as path:
-        path.write_text(json.dumps(meta, indent=2))
+    write_text(out / "meta.json", json.dumps(meta, indent=2))
     return meta
 
 
@@ -177,20 +172,17 @@ class TokenFile:
     @file_errors()
     def read(self, start, end):
         """Return tokens start to end - 1, int64. Raises UserError for an id of no token."""
-        offset = start * self.dtype.itemsize
-        ids = np.fromfile(self.path, self.dtype, end - start, offset=offset).astype(np.int64)
+        ids = np.fromfile(self.path, self.dtype, end - start, offset=start * self.dtype.itemsize)
         if ids.max(initial=0) >= self.meta["vocab_size"]:
             raise UserError(f"{self.path}: token id {ids.max()} at position {start + ids.argmax()} "
                             f">= vocab_size {self.meta['vocab_size']}: prepare the data again")
-        return ids
+        return ids.astype(np.int64)
 
 
 class Batches:
-    """Random windows of `seq_len` tokens. Row r of step s depends on (seed, s, r) alone. So any
-    number of ranks and micro-batches sees the same text, and resuming needs only the step. Mode
+    """Random windows of `seq_len` tokens. Row r of step s depends on (seed, s, r) alone. Mode
     "document" (official code) draws a document, and a window of it if it is longer; a shorter one
-    is padded on the right (eos or 0, `valid` False). "stream" (nanoGPT): a window of them all.
-    """
+    is padded on the right (eos or 0, `valid` False). "stream" (nanoGPT): a window of them all."""
     def __init__(self, token_file: TokenFile, seq_len, mode="stream", seed=0):
         if mode == "stream" and token_file.n_tokens < seq_len:
             raise UserError(f"{token_file.path} has {token_file.n_tokens} tokens, one window needs "

@@ -48,22 +48,21 @@ def pick_device(name: str) -> torch.device:
 
 def init_distributed(device: str, strategy: str = "auto") -> Distributed:
     """Join the processes that torchrun started, if it did; `strategy` auto then means ddp."""
-    own_device = pick_device(device)
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    own_device, n_processes = pick_device(device), os.environ.get("WORLD_SIZE", "1")
+    if n_processes == "1":
         return Distributed(0, 1, own_device)
     absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if absent:
-        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but no "
-                        f"{', '.join(absent)}: start with torchrun, or unset WORLD_SIZE")
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        raise UserError(f"WORLD_SIZE={n_processes} in the environment, but no {', '.join(absent)}: "
+                        "start with torchrun, or unset WORLD_SIZE")
     if strategy == "none":
-        raise UserError(f"--parallel=none, but torchrun started {world_size} processes: use ddp")
+        raise UserError(f"--parallel=none, but torchrun started {n_processes} processes: use ddp")
     backend = {"cpu": "gloo", "cuda": "nccl"}[own_device.type]
     if backend == "nccl":
         torch.cuda.set_device(own_device)
-    store, _, _ = next(c10d.rendezvous("env://"))
+    store, rank, world_size = next(c10d.rendezvous("env://"))
     # A restarted torchrun hands out the store of dead processes: keep apart from their keys.
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+    if os.environ.get("LOCAL_WORLD_SIZE") == n_processes:
         store = c10d.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     c10d.init_process_group(backend, None, timedelta(hours=2), world_size, rank, store)
     return Distributed(rank, world_size, own_device, strategy.replace("auto", "ddp"))

@@ -2,14 +2,13 @@
 
     python eval.py --checkpoint=out/quiet --data=data/gsm8k --texts=100
     python eval.py --checkpoint=out/quiet --data=data/shell_game/without_reasoning --task=shell_game
-    python eval.py --checkpoint=out/quiet --task=gsm8k --file=gsm8k_test.jsonl
-    python eval.py --checkpoint=out/quiet --task=gsm8k --file=gsm8k_test.jsonl --votes=8 --limit=128
+    python eval.py --checkpoint=out/quiet --task=gsm8k --file=gsm8k_test.jsonl [--votes=8]
     torchrun --nproc_per_node=8 eval.py ... --against=out/plain/gsm8k-votes0-own.json
 
-Every scored token is predicted twice by the same model: from the base state, and from that state
-mixed with the one after a single greedy thought at that position. Controls: every table has the
-base after temperature scaling; --thoughts=shuffled gives each position the thought of another one;
-plain training and filler tokens are other checkpoints, and --against compares two results in pairs.
+Every scored token is predicted twice by the same model: without a thought, and after one greedy
+thought at that position. Controls: every table has the base after temperature scaling, and
+--thoughts=shuffled gives each position the thought of another text. Plain training and filler
+tokens are other checkpoints; --against compares two results in pairs.
 Left out on purpose: other people's tasks (tasks/lm_eval_harness.py), means over seeds (figures).
 """
 import hashlib
@@ -26,14 +25,13 @@ from config import UserError
 from data import TokenFile
 from distributed import Distributed, cleanup, init_distributed
 from scoring import ReasonsAloud, load_task, score_texts, thinks
-from tasks.bootstrap import (TEMPERATURES, bin_scores, format_bins, format_cell, format_table,
-                             paired_differences, summary, temperature_scaled)
+from tasks.bootstrap import (BINNED, TEMPERATURES, bin_scores, paired_differences, print_result,
+                             summary, temperature_scaled)
 from tasks.qa import CONCLUSION, evaluate_questions
 from thoughts import base_model
 from tokenizer import dash_id, load_tokenizer
 
 MEASURES = ("nll_base", "nll_mixed", "right_base", "right_mixed", "mixing_weight")
-BINNED = {"difficulty": "nll_base", "by_entropy": "entropy_base", "by_weight": "mixing_weight"}
 
 
 @dataclass(frozen=True)
@@ -79,13 +77,6 @@ class EvalConfig:
         """True if the task is a file of questions, False if it is a token file."""
         return self.task in CONCLUSION
 
-    @property
-    def result_path(self) -> str:
-        """The json to write, "" for none."""
-        if self.out or not self.asks_questions:
-            return self.out
-        return str(Path(self.checkpoint, f"{self.task}-votes{self.votes}-{self.thoughts}.json"))
-
 
 def evaluate_data(model, tokenizer, cfg: EvalConfig, dist: Distributed) -> dict:
     """Score the text of cfg.data: sums per text for tasks.bootstrap, and bins of tokens."""
@@ -94,12 +85,10 @@ def evaluate_data(model, tokenizer, cfg: EvalConfig, dist: Distributed) -> dict:
                          cfg.batch_size, dist, temperatures=TEMPERATURES, task=task)
     # the measures, and beside them the base after temperature scaling
     text, thought = scores["text"], scores["thought"].astype(int)
-    values = {name: scores[name] for name in MEASURES}
-    values["count"] = np.ones(len(text))
+    values = {name: scores[name] for name in MEASURES} | {"count": np.ones(len(text))}
     values["nll_scaled"], temperatures = temperature_scaled(scores["nll_at"], text, least=True)
     # where the task has a right way of reasoning: how many thoughts follow it
-    thought_len = thought.shape[1]
-    if hasattr(task, "reasoning_is_right") and thought_len:
+    if hasattr(task, "reasoning_is_right") and thought.size:
         values["reasoning_is_right"] = [
             task.reasoning_is_right(token_file.document(i), ids, tokenizer)
             for i, ids in zip(text, thought)]
@@ -107,34 +96,14 @@ def evaluate_data(model, tokenizer, cfg: EvalConfig, dist: Distributed) -> dict:
     has_scores = np.bincount(text) > 0
     clusters = {name: np.bincount(text, value)[has_scores] for name, value in values.items()}
     # a comparison needs the same text, cut in the same way
-    end = token_file.offsets[min(cfg.texts, token_file.n_docs)]
-    texts_sha256 = hashlib.sha256(token_file.read(0, int(end)).tobytes()).hexdigest()
+    end = token_file.offsets[:cfg.texts + 1][-1]
+    ids = token_file.read(0, int(end))
     dataset_id = dict(sources=token_file.meta["sources"], tokenizer=tokenizer.sha256,
                       split=cfg.split, texts=cfg.texts, seq_len=cfg.seq_len, task=cfg.task,
-                      sha256=texts_sha256)
+                      sha256=hashlib.sha256(ids).hexdigest())
     bins = {name: bin_scores(scores, by) for name, by in BINNED.items()}
-    return dict(dataset_id=dataset_id, thoughts=cfg.thoughts, thought_len=thought_len,
+    return dict(dataset_id=dataset_id, thoughts=cfg.thoughts, thought_len=thought.shape[1],
                 tokens=len(text), clusters=clusters, temperatures={"nll": temperatures}, **bins)
-
-
-def print_result(result: dict, means: dict, cfg: EvalConfig):
-    """Print the table, and the bins if thinking changed anything."""
-    what = "questions" if cfg.asks_questions else "texts"
-    n = len(result["clusters"]["count"])
-    print(f"{cfg.file or cfg.data}: {n} {what}, {result.get('tokens', n)} scored; "
-          f"thoughts: {cfg.thoughts}; 95 % intervals over {what}")
-    if n < 50:
-        print(f"intervals over {n} {what} are too narrow: they cover 87 to 90 %")
-    print(format_table(means))
-    for measure, halves in result["temperatures"].items():
-        print(measure, "scaled at {:.2f} and {:.2f}: a temperature per half".format(*halves))
-    if "nll_mixed-nll_base" in means and means["nll_mixed-nll_base"]["mean"] != 0:
-        for name in [name for name in BINNED if name in result]:
-            print(f"\nfrom the least to the greatest {BINNED[name]}\n" + format_bins(result[name]))
-    if cfg.against:
-        print(f"\ndifference from {cfg.against}, on the same {what}")
-        for name, value in result["differences"].items():
-            print(f"{name:20s}{format_cell(value, signed=True)}")
 
 
 def main():
@@ -151,15 +120,14 @@ def main():
         model.config = replace(model.config, thought_len=cfg.thought_len)
 
     # score, on this rank's share of the batches
-    out = cfg.result_path
+    out = cfg.out
     if cfg.asks_questions:
+        out = out or Path(cfg.checkpoint, f"{cfg.task}-votes{cfg.votes}-{cfg.thoughts}.json")
         result = evaluate_questions(model, tokenizer, cfg, dist, out)
     else:
         result = evaluate_data(model, tokenizer, cfg, dist)
     # the same means and intervals for every kind of task
     means = summary(result["clusters"])
-    result["clusters"] = {name: np.asarray(value).tolist()
-                          for name, value in result["clusters"].items()}
 
     # write, whatever the comparison says, because scoring took long
     try:
@@ -167,8 +135,7 @@ def main():
             result["differences"] = paired_differences(result, cfg.against)
     finally:
         if dist.is_main and out:
-            with config.atomic_write(out) as temporary:
-                temporary.write_text(json.dumps(result | means))
+            config.write_text(out, json.dumps(result | means, default=np.ndarray.tolist))
 
     # print
     if dist.is_main:

@@ -2,9 +2,7 @@
 
 The logits of all thought tokens of a step would take gigabytes: at most CHUNK rows exist at once.
 Left out on purpose: torch's fused loss (in 2.13, not in 2.11; without temperature and row weights)
-and kernels of our own: at 7B the head is 1.5 % of a step.
-
-Shapes: those of model.py, and R rows of hidden states, whatever they belong to.
+and kernels of our own: at 7B the head is 1.5 % of a step. Shapes: those of model.py, and R rows.
 """
 import torch
 import torch.nn.functional as F
@@ -43,10 +41,8 @@ def logits_of(hidden_RD, head_VD, masked_ids=()):
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """sum_r weight[r] * -log softmax(logits[r] / temperature)[target[r]], and each row's own nll.
-
     The sum is linear in the rows, so the gradient of a chunk is known as soon as its logits are:
-    `forward` computes both, and `backward` only scales. The nll of the rows has no gradient.
-    """
+    `forward` computes both, and `backward` only scales. The nll of the rows has no gradient."""
     @staticmethod
     def forward(ctx, hidden_RD, head_VD, target_R, weight_R, temperature, masked_ids):
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
@@ -62,7 +58,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_RD), size):
             rows = slice(start, start + size)
             target_R1 = target_R[rows, None]
-            # logits and log-probabilities of this chunk
             logits_RV = logits_of(cast_hidden_RD[rows], cast_head_VD, masked_ids)
             logp_RV = torch.log_softmax(logits_RV.div_(temperature), dim=-1)
             nll_R[rows] = -logp_RV.gather(1, target_R1)[:, 0]
@@ -104,10 +99,7 @@ def sample_tokens(hidden_RD, head_VD, uniform_R=None, masked_ids=()):
     for start in range(0, len(hidden_RD), size):
         rows = slice(start, start + size)
         p_RV = logits_of(hidden_RD[rows], head_VD, masked_ids).softmax(dim=-1)
-        if uniform_R is None:
-            token_R[rows] = p_RV.argmax(dim=-1)
-        else:
-            token_R[rows] = invert_cdf(p_RV, uniform_R[rows])
+        token_R[rows] = p_RV.argmax(-1) if uniform_R is None else invert_cdf(p_RV, uniform_R[rows])
         nll_R[rows] = -p_RV.gather(1, token_R[rows, None])[:, 0].log()
     return token_R, nll_R
 
@@ -116,16 +108,13 @@ def sample_tokens(hidden_RD, head_VD, uniform_R=None, masked_ids=()):
 def entropy_of(hidden_RD, head_VD):
     """The entropy of each row's prediction (nats), [R]."""
     hidden_RD, head_VD = operands(hidden_RD, head_VD)
-    found = []
-    for rows in hidden_RD.split(chunk_rows(head_VD)):
-        p_RV = logits_of(rows, head_VD).softmax(dim=-1)
-        found.append(torch.special.entr(p_RV).sum(dim=-1))
-    return torch.cat(found)
+    chunks = hidden_RD.split(chunk_rows(head_VD))
+    p_of_chunks = (logits_of(rows, head_VD).softmax(dim=-1) for rows in chunks)
+    return torch.cat([torch.special.entr(p_RV).sum(dim=-1) for p_RV in p_of_chunks])
 
 
 def invert_cdf(p_RV, uniform_R):
-    """The column of each row whose share of the cumulative sum holds `uniform_R` times the total;
-    never one of probability 0."""
+    """Each row's column, never of probability 0, where the cumulative share exceeds `uniform_R`."""
     cumulative_RV = p_RV.cumsum(dim=-1)
     # stay strictly below the total, where the last columns may have no share
     total_R1 = cumulative_RV[:, -1:]

@@ -2,7 +2,6 @@
 
 A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention with an optional
 sliding window, SwiGLU (arXiv 2310.06825). Llama and Qwen2 are the same modules with other numbers.
-
 The one seam: a block computes queries, keys and values, and the *context* that it was given decides
 who attends to whom. A text has a `CausalContext`; thoughts bring their own (attention.py).
 Left out on purpose: dropout (checkpoints are trained without), mixture of experts.
@@ -50,11 +49,8 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = "vocab_size dim n_layers n_heads n_kv_heads ffn_dim max_seq_len rope_old_context"
-        for name in sizes.split():
-            if not 1 <= getattr(self, name) <= LARGEST:
-                raise UserError(f"{name}={getattr(self, name)} is not from 1 to {LARGEST}")
-        check_at_least(self, rope_theta=1, rope_factor=1e-3)
-        check_at_most(self, norm_eps=0.1)
+        check_at_least(self, **dict.fromkeys(sizes.split(), 1), rope_theta=1, rope_factor=1e-3)
+        check_at_most(self, **dict.fromkeys(sizes.split(), LARGEST), norm_eps=0.1)
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.n_heads % self.n_kv_heads:
@@ -75,7 +71,6 @@ class ModelConfig:
 
 def may_see(query_position, key_position, window: int | None):
     """In plain text a key is no later than the query and fewer than `window` tokens back."""
-    # a window of w holds the query itself and the w - 1 tokens before it
     distance = query_position - key_position
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
@@ -89,8 +84,7 @@ class KVCache:
         self.row_B1 = torch.arange(batch, device=device)[:, None]
 
     def write(self, layer: int, position_BS, k_BSKE, v_BSKE):
-        """Store at `position_BS`; return all keys and values of this layer, [B, K, L, E] each."""
-        # each row of the batch may be at other positions
+        """Store at each row's positions; return all keys and values of this layer, [B, K, L, E]."""
         for store, new in ((self.k_BKLE[layer], k_BSKE), (self.v_BKLE[layer], v_BSKE)):
             store[self.row_B1, :, position_BS] = new.to(store.dtype)
         return self.k_BKLE[layer], self.v_BKLE[layer]
@@ -116,17 +110,15 @@ class CausalContext:
         k_BKLE, v_BKLE = k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
         # with a cache: write the new keys and values, then attend to all that it holds
         if self.cache is not None:
-            k_BKLE, v_BKLE = self.cache.write(layer, self.position_BS, k_BSKE, v_BSKE)
-            k_BKLE = k_BKLE[:, :, :self.n_slots].to(q_BSHE.dtype)
-            v_BKLE = v_BKLE[:, :, :self.n_slots].to(q_BSHE.dtype)
+            kv = self.cache.write(layer, self.position_BS, k_BSKE, v_BSKE)
+            k_BKLE, v_BKLE = (t[:, :, :self.n_slots].to(q_BSHE.dtype) for t in kv)
         # a whole text without a binding window is plain causal attention, which needs no mask
         mask = None
         if self.cache is not None or (window and k_BKLE.shape[2] > window):
             key_position_L = torch.arange(k_BKLE.shape[2], device=q_BSHE.device)
             mask = may_see(self.position_BS[:, None, :, None], key_position_L, window)
-        out_BHSE = F.scaled_dot_product_attention(q_BSHE.transpose(1, 2), k_BKLE, v_BKLE,
-                                                  attn_mask=mask, is_causal=mask is None,
-                                                  enable_gqa=True)
+        out_BHSE = F.scaled_dot_product_attention(
+            q_BSHE.transpose(1, 2), k_BKLE, v_BKLE, mask, is_causal=mask is None, enable_gqa=True)
         return out_BHSE.transpose(1, 2)
 
 
@@ -222,7 +214,6 @@ class Mistral(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        # small models share one table between embedding and head
         if config.tied:
             self.head.weight = self.embed.weight
         self.recompute = 0            # activation checkpointing of every n-th block; 0 none, 1 all

@@ -21,7 +21,7 @@ import config
 from checkpoint import find_checkpoint, load_for_inference
 from config import UserError
 from inference import Generator, row_generators
-from scoring import check_context, states_at
+from scoring import check_context, pad_ids, states_at
 from thoughts import QuietSTaR, base_model, every_position, logits_without_markers
 from tokenizer import load_tokenizer
 from tools.gate import read_gate
@@ -67,15 +67,13 @@ class SampleConfig:
 @torch.no_grad()
 def teacher_forced(model, tokenizer, ids: list[int], think=True, gate=None) -> TextStream:
     """Read a given text, with a greedy thought before each token, or only where a `gate` opens.
-    Raises UserError if the text and a thought exceed the context, or one token predicts no other.
-    """
-    base = base_model(model)
+    Raises UserError if text and thought exceed the context, or the text is a single token."""
     think = think and isinstance(model, QuietSTaR)
     check_context(model, len(ids), model.config.n_true if think else None)
     if len(ids) < 2:
         raise UserError(f"the text is {len(ids)} token, and one predicts no other: give more text")
     # a thought at every position; position j predicts token j + 1
-    ids_1L = torch.tensor([ids], device=base.embed.weight.device)
+    ids_1L = torch.tensor([ids], device=base_model(model).embed.weight.device)
     position_1P = every_position(ids_1L)
     base_PD, mixed_PD, weight_P, thought_PT = states_at(
         model, ids_1L, position_1P, position_1P >= 0, "own" if think else "none")
@@ -93,8 +91,7 @@ def teacher_forced(model, tokenizer, ids: list[int], think=True, gate=None) -> T
         if not think or (gate and not gate.opens(base_1D, base_1V)):
             mixed_1D, thought_T, reward = base_1D, None, None
         mixed_1V = logits_without_markers(model, mixed_1D).log_softmax(-1)
-        filler = think and model.config.filler
-        describe(token, tokenizer, base_1V[0], mixed_1V[0], weight, thought_T, filler)
+        describe(token, tokenizer, model, base_1V[0], mixed_1V[0], weight, thought_T)
         token.reward = reward
     stream.end()
     return stream
@@ -129,8 +126,7 @@ def answer(cfg: SampleConfig, model, tokenizer, gate, text: str) -> None:
         streams, steps = [teacher_forced(model, tokenizer, ids, think, gate)], None
     else:
         # the samples are the rows of one batch; each draws from random numbers of its own
-        ids_BL = torch.tensor([ids] * cfg.samples, device=base_model(model).embed.weight.device)
-        length_B = torch.full_like(ids_BL[:, 0], len(ids))
+        ids_BL, length_B = pad_ids([ids] * cfg.samples, base_model(model).embed.weight.device)
         generators = row_generators(cfg.seed, range(cfg.samples))
         generator = Generator(model, ids_BL, length_B, cfg.max_new_tokens, cfg.temperature,
                               cfg.top_k, cfg.top_p, generators, think, gate)
@@ -143,8 +139,7 @@ def answer(cfg: SampleConfig, model, tokenizer, gate, text: str) -> None:
     # the page needs all tokens, so it is written last
     if cfg.html:
         texts = [stream.prompt + stream.tokens for stream in streams]
-        with config.atomic_write(cfg.html) as temporary:
-            temporary.write_text(page(texts, cfg.checkpoint), "utf-8")
+        config.write_text(cfg.html, page(texts, cfg.checkpoint))
 
 
 def main():

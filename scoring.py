@@ -4,8 +4,7 @@ There are four ways of giving thoughts, the same for every evaluation:
   own        one greedy thought (argmax) at each chosen position, and at no other
   shuffled   the thought of another text of the batch: a control
   none       the base model alone
-  aloud      a base model writes T greedy tokens between two em dashes, and predicts after them:
-             what reasoning as text is worth, the ceiling for hidden thoughts
+  aloud      T greedy tokens of a base model, between em dashes: the ceiling for hidden thoughts
 
 Shapes: those of thoughts.py, and R chosen positions of all texts of a batch.
 """
@@ -15,6 +14,7 @@ from itertools import cycle
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from config import Progress, UserError
 from distributed import SINGLE, all_reduce_sum
@@ -25,10 +25,14 @@ from thoughts import (QuietSTaR, ThoughtConfig, base_model, every_position, gath
 
 DATA_TASKS = ("shell_game", "dates")      # files in tasks/ that say which tokens are answers
 FIELDS = (                                # of each scored token
-    "nll_base", "nll_mixed",              # nats; without thoughts mixed repeats base
-    "right_base", "right_mixed",          # is the likeliest token (or candidate) the true one
-    "mixing_weight", "entropy_base",      # entropy of the base prediction, nats
-    "thought", "nll_at")                  # token ids [T]; nll of the base at each temperature
+    "nll_base",                           # nats
+    "right_base",                         # is the likeliest token (or candidate) the true one
+    "entropy_base",                       # of the base prediction, nats
+    "nll_at",                             # nll of the base at each temperature
+    "nll_mixed",                          # without thoughts this and right_mixed repeat the base's
+    "right_mixed",
+    "mixing_weight",
+    "thought")                            # token ids [T]
 
 
 def thinks(model, thoughts="own"):
@@ -38,9 +42,8 @@ def thinks(model, thoughts="own"):
 
 class ReasonsAloud(QuietSTaR):
     """A base model whose thoughts are text: its markers are em dashes, its mixing weight is 1."""
-    def __init__(self, base, thought_len: int, dash_id: int):
-        config = ThoughtConfig(thought_len=thought_len)
-        super().__init__(base, config)
+    def __init__(self, base, thought_len, dash_id):
+        super().__init__(base, ThoughtConfig(thought_len=thought_len))
         dash_D = base.embed.weight[dash_id].detach()
         self.init_thoughts(dash_D, torch.Generator())
         self.to(dash_D)
@@ -49,7 +52,7 @@ class ReasonsAloud(QuietSTaR):
         return thought, torch.ones_like(thought[..., 0])
 
 
-def load_task(name: str):
+def load_task(name):
     """The module tasks/NAME.py; None for "none". It offers `answer_positions`, `candidates` and, if
     there is a right way of reasoning, `reasoning_is_right`: see tasks/shell_game.py."""
     if name == "none":
@@ -60,9 +63,9 @@ def load_task(name: str):
     return importlib.import_module(f"tasks.{name}")
 
 
-def check_context(model, n_tokens: int, n_true: int | None = 1):
-    """Raise UserError if a text, and a thought with `n_true` true tokens at its end, are longer
-    than the model's context. `n_true` None: nobody thinks."""
+def check_context(model, n_tokens, n_true=1):
+    """Raise UserError if a text, and a thought with `n_true` true tokens at its end (None: nobody
+    thinks), are longer than the model's context."""
     context_len = base_model(model).config.max_seq_len
     branch_len = 0 if n_true is None else model.config.thought_len + n_true + 1
     if n_tokens + branch_len > context_len:
@@ -70,13 +73,11 @@ def check_context(model, n_tokens: int, n_true: int | None = 1):
                         f"context of {context_len}: shorten the text (--seq_len) or the thoughts")
 
 
-def pad_ids(rows: list, device=None):
+def pad_ids(rows, device=None):
     """Right-pad lists of ids with 0: ids_BL and length_B."""
-    lengths = [len(ids) for ids in rows]
-    ids_BL = torch.zeros(len(rows), max(lengths), dtype=torch.long, device=device)
-    for row, ids in enumerate(rows):
-        ids_BL[row, :len(ids)] = torch.as_tensor(ids)
-    return ids_BL, torch.tensor(lengths, device=device)
+    tensors = [torch.as_tensor(ids, dtype=torch.long, device=device) for ids in rows]
+    length_B = torch.tensor([len(ids) for ids in rows], device=device)
+    return pad_sequence(tensors, batch_first=True), length_B
 
 
 def pack_positions(where_BL):
@@ -93,27 +94,27 @@ def pack_positions(where_BL):
 def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
     """States from which the R real positions predict: base_RD, mixed_RD (base_RD itself if nobody
     thinks), mixing weight_R, thought_RT."""
-    check_context(model, ids_BL.shape[1], n_true=1 if thinks(model, thoughts) else None)
     if not thinks(model, thoughts):
+        check_context(model, ids_BL.shape[1], n_true=None)
         context = CausalContext(every_position(ids_BL, last=True))
         hidden_BLD = base_model(model)(ids_BL, context)
-        base_BPD = gather_ahead(hidden_BLD, position_BP, 1)[:, :, 0]
-        base_RD = base_BPD[real_BP]
+        base_RD = gather_ahead(hidden_BLD, position_BP, 1)[:, :, 0][real_BP]
         weight_R = torch.zeros_like(base_RD[:, 0])
         thought_RT = base_RD[:, :0].long()
         return base_RD, base_RD, weight_R, thought_RT
+    check_context(model, ids_BL.shape[1])
     base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = model.predict(ids_BL, position_BP)
+    thought_BPT = thought_BNPT[:, 0]
     if thoughts == "shuffled":
-        text_R = real_BP.nonzero()[:, 0]
-        thought_BNPT[:, 0][real_BP] = thought_BNPT[:, 0][real_BP][of_another_text(text_R)]
+        others = of_another_text(real_BP.nonzero()[:, 0])
+        thought_BPT[real_BP] = thought_BPT[real_BP][others]
         _, mixed_BNPD, weight_BNP, _ = model.predict(ids_BL, position_BP, thought_BNPT=thought_BNPT)
-    base_RD = base_BPD[real_BP]
     mixed_RD = mixed_BNPD[:, 0][real_BP]
     weight_R = weight_BNP[:, 0][real_BP]
-    return base_RD, mixed_RD, weight_R, thought_BNPT[:, 0][real_BP]
+    return base_BPD[real_BP], mixed_RD, weight_R, thought_BPT[real_BP]
 
 
-def of_another_text(text_R) -> list[int]:
+def of_another_text(text_R):
     """For each of R positions, given its text, a position of another text, in a random order."""
     generator = torch.Generator().manual_seed(0)
     order_R = torch.randperm(len(text_R), generator=generator)
@@ -126,30 +127,25 @@ def of_another_text(text_R) -> list[int]:
     # in a circle, text by text: each position takes one of those before its own text
     circle = sum(by_text.values(), [])
     chosen = [0] * len(circle)
-    start = 0
     for rows in by_text.values():
-        end = start + len(rows)
-        others = circle[end:] + circle[:start]
+        others = circle[len(rows):]
         for r, other in zip(rows, cycle(others[::-1])):
             chosen[r] = other
-        start = end
+        circle = others + rows
     return chosen
 
 
 @torch.no_grad()
 def answer_logits(model, texts, thoughts="own"):
-    """For each text (ids, start) of one batch: base and mixed logits_SV of its tokens from `start`
-    on, and the mixing weight_S."""
-    device = base_model(model).embed.weight.device
+    """Yield base and mixed logits_SV, and weight_S, of each text (ids, start) from `start` on."""
     rows, starts = zip(*texts)
-    ids_BL, length_B = pad_ids(rows, device)
-    start_B = torch.tensor(starts, device=device)
+    ids_BL, length_B = pad_ids(rows, base_model(model).embed.weight.device)
+    start_B = ids_BL.new_tensor(starts)
     # position j predicts token j + 1
     next_BL = every_position(ids_BL, last=True) + 1
     is_answer_BL = next_BL >= start_B[:, None]
     is_text_BL = next_BL < length_B[:, None]
-    where_BL = is_answer_BL & is_text_BL
-    position_BP, real_BP = pack_positions(where_BL)
+    position_BP, real_BP = pack_positions(is_answer_BL & is_text_BL)
     base_RD, mixed_RD, weight_R, _ = states_at(model, ids_BL, position_BP, real_BP, thoughts)
     sizes = real_BP.sum(1).tolist()
     bases = base_RD.split(sizes)
@@ -167,10 +163,9 @@ def score_targets(model, hidden_RD, target_R, candidates=None, temperatures=()):
     """For each target token: its nll (nats), whether it is the argmax (of `candidates`, if given),
     the entropy of the prediction (nats), and its nll at each of `temperatures`, [R, k]."""
     found = []
-    for start in range(0, len(target_R), CHUNK):
-        rows = slice(start, start + CHUNK)
-        target_R1 = target_R[rows, None]
-        logits_RV = logits_without_markers(model, hidden_RD[rows])
+    for hidden_RD, target_R in zip(hidden_RD.split(CHUNK), target_R.split(CHUNK)):
+        target_R1 = target_R[:, None]
+        logits_RV = logits_without_markers(model, hidden_RD)
         logp_RV = logits_RV.log_softmax(-1)
         nll_R = -logp_RV.gather(1, target_R1)[:, 0]
         entropy_R = torch.special.entr(logp_RV.exp()).sum(-1)
@@ -178,7 +173,7 @@ def score_targets(model, hidden_RD, target_R, candidates=None, temperatures=()):
         best_R = logits_RV.argmax(-1)
         if candidates is not None:
             best_R = candidates[logits_RV[:, candidates].argmax(-1)]
-        right_R = best_R == target_R[rows]
+        right_R = best_R == target_R
         # the nll after temperature scaling
         logit_R = logits_RV.gather(1, target_R1)[:, 0]
         nll_Rk = nll_R.new_empty(len(nll_R), len(temperatures))
@@ -195,17 +190,11 @@ def score_positions(model, ids_BL, where_BL, candidates=None, thoughts="own", te
     target_R = ids_BL.gather(1, position_BP + 1)[real_BP]
     base_RD, mixed_RD, weight_R, thought_RT = states_at(
         model, ids_BL, position_BP, real_BP, thoughts)
-    nll_base, right_base, entropy_base, nll_at = score_targets(
-        model, base_RD, target_R, candidates, temperatures)
-    nll_mixed = nll_base
-    right_mixed = right_base
+    base = score_targets(model, base_RD, target_R, candidates, temperatures)
+    mixed = base
     if mixed_RD is not base_RD:
-        nll_mixed, right_mixed, _, _ = score_targets(model, mixed_RD, target_R, candidates)
-    values = (
-        nll_base, nll_mixed,
-        right_base, right_mixed,
-        weight_R, entropy_base,
-        thought_RT, nll_at)
+        mixed = score_targets(model, mixed_RD, target_R, candidates)
+    values = *base, *mixed[:2], weight_R, thought_RT
     return dict(zip(FIELDS, values))
 
 
@@ -227,9 +216,8 @@ def score_texts(
         dist=SINGLE,
         temperatures=(),
         task=None):
-    """Score held-out documents: every next token, or the answers of `task` alone. Returns an array
-    for each of FIELDS and for "text", the number of the text, with an entry for each scored token.
-    """
+    """Score held-out documents: every next token, or the answers of `task` alone. Returns arrays
+    with an entry for each scored token: those of FIELDS, and "text", the number of its text."""
     device = base_model(model).embed.weight.device
     ids_BL, valid_BL = held_out_texts(token_file, n_texts, seq_len)
     # the positions that have a next token, or an answer
@@ -244,11 +232,10 @@ def score_texts(
         raise UserError(f"{token_file.path}: the first {n_texts} texts hold nothing to score")
     # each rank fills its own rows of zeros
     thought_len = model.config.thought_len if thinks(model, thoughts) else 0
-    widths = {"thought": (thought_len,), "nll_at": (len(temperatures),)}
+    widths = {"thought": [thought_len], "nll_at": [len(temperatures)]}
     scores = {}
     for name in FIELDS:
-        shape = n_scored, *widths.get(name, ())
-        scores[name] = torch.zeros(shape, dtype=torch.float64)
+        scores[name] = torch.zeros(n_scored, *widths.get(name, []), dtype=torch.float64)
     index_BL = torch.zeros_like(ids_BL)
     index_BL[where_BL] = torch.arange(n_scored)       # where each scored token goes
     # texts of like length share a batch, the longest first

@@ -5,9 +5,8 @@
   1. sample   a short hidden thought after every position of the text, all positions in parallel
   2. read     one teacher-forced pass over the text, the thoughts and the true tokens after them
   3. mix      the prediction after each thought with the prediction without it
-  4. learn    from the likelihood of the text, and by REINFORCE: a thought that raised the
-              likelihood of the true tokens more than the others of its position did becomes
-              more likely
+  4. learn    from the likelihood of the text, and by REINFORCE: a thought that raised it more than
+              the others of its position did becomes more likely
 
   our word         meaning                                             the paper's, official code's
   thought_len      T: sampled tokens of a thought, without markers             t, n_ahead - 3
@@ -17,11 +16,9 @@
   mixing_weight    0: base only, 1: thought only                               1 - w, talk_head
   reward           nats by which a thought raised the log-likelihood of the true tokens
   advantage        reward minus the mean over all N thoughts of the position, clamped at 0
-  branch           all tokens after one position: start marker, thought, end marker, then the
-                   true tokens that follow in the text (M = T + A + 1 tokens)
+  branch           M = T + A + 1 tokens of a position: start marker, thought, end marker, true ones
 
-Shapes: those of model.py, and N thoughts per position, P positions that think, T thought tokens,
-A true tokens, M tokens of a branch.
+Shapes: those of model.py, N, T, A and M as above, and P positions that think.
 """
 import math
 from dataclasses import dataclass
@@ -74,18 +71,17 @@ class Losses:
         """Terms that add up over micro-batches and ranks to the averages of a step in log.jsonl."""
         n_base, n_mixed_A, n_rewards = split_denominators(self.denominators)
         policy_mask = self.policy_mask_BP[:, None]
-        mixed_nll_A = self.mixed_nll_BNPA.sum(dim=(0, 1, 2)) / n_mixed_A
         sum_of_weights = (self.mixing_weight_BNPA * self.target_mask_BPA[:, None]).sum()
+        n_weights = self.denominators[1:-1].sum().clamp(min=1e-9)      # never 0 / 0
         return {
             "loss": self.loss.detach(),
             "loss/policy": self.policy_loss,
             "nll/base": self.base_nll_BL.sum() / n_base,
-            "nll/mixed": mixed_nll_A.mean(),
+            "nll/mixed": (self.mixed_nll_BNPA.sum(dim=(0, 1, 2)) / n_mixed_A).mean(),
             "thought/reward": (self.reward_BNP * policy_mask).sum() / n_rewards,
             "thought/advantage": self.advantage_BNP.sum() / n_rewards,
             "thought/entropy": (self.thought_nll_BNP * policy_mask).sum() / n_rewards,
-            "thought/mixing_weight": sum_of_weights / one_if_0(self.denominators[1:-1].sum()),
-        }
+            "thought/mixing_weight": sum_of_weights / n_weights}
 
 
 class QuietSTaR(nn.Module):
@@ -122,8 +118,7 @@ class QuietSTaR(nn.Module):
         uniform_BNPT  numbers in [0, 1) that decide the sampled tokens; default: argmax
         thought_BNPT  thoughts to use instead of sampling
         counts        `denominators` of the whole step; default: of this micro-batch
-        n_uncertain   think at so many positions of each text, where the base is least certain
-        """
+        n_uncertain   think at so many positions of each text, where the base is least certain"""
         cfg, head_VD = self.config, self.model.head.weight
         if n_uncertain:
             position_BP = self.uncertain_positions(ids_BL, valid_BL, n_uncertain)
@@ -203,9 +198,7 @@ class QuietSTaR(nn.Module):
 
     def sample_thoughts(self, context: GrowingContext, uniform_BNPT, n_thoughts: int):
         """All thoughts grow together after the text that `context` has read, one token a pass.
-
-        Returns their ids [B, N, P, T], their mean nll (nats) and the state before each token.
-        """
+        Returns ids [B, N, P, T], mean nll (nats), and the state before each id, [B, N, P, 1, D]."""
         N, T = n_thoughts, self.config.thought_len
         B, P = context.think_position_BP.shape
         thought_BNPT = self.start_thought.new_zeros(B, N, P, T, dtype=torch.long)
@@ -221,7 +214,7 @@ class QuietSTaR(nn.Module):
             hidden_BNPD = hidden_BSD.view(x_BNPD.shape).expand(-1, N, -1, -1)
             # one_pass.py learns from these states; without gradients nobody needs them
             if torch.is_grad_enabled():
-                states.append(hidden_BNPD)
+                states.append(hidden_BNPD[:, :, :, None])
             uniform_R = None if uniform_BNPT is None else uniform_BNPT[..., t].flatten()
             token_R, nll_R = sample_tokens(hidden_BNPD.flatten(0, 2), self.model.head.weight,
                                            uniform_R, self.config.marker_ids)
@@ -231,8 +224,7 @@ class QuietSTaR(nn.Module):
         return thought_BNPT, nll_BNP, states
 
     def read(self, ids_BL, position_BP, thought_BNPT, all_positions: bool, n_after: int):
-        """Final hidden states of the text [B, L, D] and of its branches [B, N, P, M, D], in one
-        pass: each branch sees the text up to its own position and itself (attention.may_attend)."""
+        """Read in one pass: final hidden states of text [B, L, D] and branches [B, N, P, M, D]."""
         branch_BNPMD = self.embed_branch(ids_BL, position_BP, thought_BNPT, n_after)
         (_, N, P, M, _), L = branch_BNPMD.shape, ids_BL.shape[1]
         # one sequence: the text, then all branches; the context knows who sees whom
@@ -245,21 +237,20 @@ class QuietSTaR(nn.Module):
         """Final hidden states [B, N, P, m, D] of the m branch tokens that are still unread."""
         branch_BNPMD = self.embed_branch(ids_BL, position_BP, thought_BNPT, n_after)
         rest_BNPmD = branch_BNPMD[:, :, :, context.n_cached:]
-        _, N, _, m, _ = rest_BNPmD.shape
-        context.begin_pass(n_new=m, n_thoughts=N)
+        context.begin_pass(n_new=rest_BNPmD.shape[3], n_thoughts=rest_BNPmD.shape[1])
         hidden_BSD = self.model.transform(rest_BNPmD.flatten(1, 3), context)
         return hidden_BSD.view(rest_BNPmD.shape)
 
     def embed_branch(self, ids_BL, position_BP, thought_BNPT, n_after: int):
         """Embeddings of `start, thought, end, n_after true tokens`, [B, N, P, M, D]."""
-        B, N, P, T = thought_BNPT.shape
+        B, N, P, _ = thought_BNPT.shape
         start = self.start_thought.expand(B, N, P, 1, -1)
         end = self.end_thought.expand(B, N, P, 1, -1)
         # the control experiment repeats the start marker instead
         thought = self.model.embed(thought_BNPT)
         if self.config.filler:
-            thought = start.expand(-1, -1, -1, T, -1)
-        true_BPa, _ = true_tokens(ids_BL, ids_BL >= 0, position_BP, n_after)
+            thought = start.expand_as(thought)
+        true_BPa = gather_ahead(ids_BL, position_BP + 1, n_after)
         true = self.model.embed(true_BPa)[:, None].expand(-1, N, -1, -1, -1)
         return torch.cat((start, thought, end, true), dim=3)
 
@@ -273,11 +264,9 @@ class QuietSTaR(nn.Module):
 
     @torch.no_grad()
     def predict(self, ids_BL, position_BP=None, uniform_BNPT=None, thought_BNPT=None):
-        """Predictions of the next token at the given positions (default: all), after a thought.
-
-        Thoughts are greedy (argmax) unless `uniform_BNPT` or `thought_BNPT` decides; N is theirs,
-        else 1. Returns base_BPD, mixed_BNPD (states for the head), mixing_weight_BNP, thought_BNPT.
-        """
+        """Predictions of the next token at the given positions (default: all), after a thought: a
+        greedy one (argmax) unless `uniform_BNPT` or `thought_BNPT` decides; N is theirs, else 1.
+        Returns base_BPD, mixed_BNPD (states for the head), mixing_weight_BNP, thought_BNPT."""
         if position_BP is None:
             position_BP = every_position(ids_BL, last=True)
         all_positions = torch.equal(position_BP, every_position(position_BP, last=True))
@@ -302,77 +291,58 @@ class PlainObjective(nn.Module):
     def forward(self, ids_BL, valid_BL, counts=None):
         """The mean nll as `.loss`; its denominator is counts[0], else that of this micro-batch."""
         n_tokens = valid_BL[:, 1:].sum() if counts is None else counts[0]
-        context = CausalContext(every_position(ids_BL, last=True))
-        hidden_BLD = self.model(ids_BL, context)
+        hidden_BLD = self.model(ids_BL, CausalContext(every_position(ids_BL, last=True)))
         loss, _ = masked_cross_entropy(
             hidden_BLD[:, :-1], self.model.head.weight, target=ids_BL[:, 1:],
             mask=valid_BL[:, 1:], weight=1 / n_tokens.clamp(min=1))
-        nll = loss.detach()
-        metrics = {"loss": nll, "nll/base": nll}
+        metrics = {"loss": loss.detach(), "nll/base": loss.detach()}
         return SimpleNamespace(loss=loss, metrics=lambda: metrics)
 
 
-# ------------------------------------------------------------------------------------------ helpers
-
 def denominators(valid_BL, config: ThoughtConfig, n_positions: int | None = None):
-    """How many terms each average has: [base, mixed at each of A, rewards], float64.
-
-    A step adds these up over its micro-batches and ranks first, so that each average has one
-    denominator. Positions 0 .. L-1-A have A true tokens; like the official code, REINFORCE skips
-    the last of them and divides by a count that includes padding. If only `n_positions` of the L-1
-    think, the counts shrink by that share: random positions estimate the averages over all, and
-    uncertain ones give averages over the hardest tokens, another objective than the paper's.
-    """
-    L = valid_BL.shape[1]
-    position_BP = every_position(valid_BL)
-    share = 1.0 if n_positions is None else n_positions / (L - 1)
-    _, target_mask_BPA = true_tokens(valid_BL, valid_BL, position_BP, config.n_true)
+    """How many terms each average has: [base, mixed at each of A, rewards], float64. A step adds
+    these up over its micro-batches and ranks first, so that each average has one denominator.
+    Positions 0 .. L-1-A have A true tokens; as in the official code, REINFORCE skips the last one
+    and divides by a count that includes padding. If only `n_positions` of the L-1 think, the counts
+    shrink by that share: random positions estimate the averages over all, and uncertain ones give
+    averages over the hardest tokens, another objective than the paper's."""
+    share = 1.0 if n_positions is None else n_positions / (valid_BL.shape[1] - 1)
     # the next tokens of the text; for the thoughts, the true tokens a steps ahead; the thoughts
-    n_base = valid_BL[:, 1:].sum().double()
-    n_mixed_A = target_mask_BPA.sum(dim=(0, 1)).double()
-    n_rewards = (position_BP <= L - 2 - config.n_true).sum().double()
-    n_thought_terms = torch.cat((n_mixed_A, n_rewards[None])) * config.n_thoughts * share
-    return torch.cat((n_base[None], n_thought_terms))
+    n_base = valid_BL[:, 1:].sum()
+    n_mixed_A = [valid_BL[:, a:].sum() for a in range(1, config.n_true + 1)]
+    n_rewards = torch.ones_like(valid_BL[:, config.n_true + 1:]).sum()
+    counts = torch.stack([n_base, *n_mixed_A, n_rewards]).double()
+    return torch.cat((counts[:1], counts[1:] * config.n_thoughts * share))
 
 
 def split_denominators(counts):
-    """The parts of `denominators`, 1 for what is empty: n_base, n_mixed_A, n_rewards."""
-    counts = one_if_0(counts)
+    """The parts of `denominators` to divide by: n_base, n_mixed_A, n_rewards."""
+    # if a count is 0, so is its sum, and this only avoids 0 / 0
+    counts = torch.where(counts > 0, counts, 1)
     return counts[0], counts[1:-1], counts[-1]
-
-
-def one_if_0(counts):
-    """Counts to divide by: if a count is 0, so is its sum, and this only avoids 0 / 0."""
-    return torch.where(counts > 0, counts, 1)
 
 
 def masked_cross_entropy(hidden, head_VD, target, mask, weight, **options):
     """sum(weight * nll) over the positions in `mask`, and nll (nats) of each, 0 outside, no grad.
-
-    `hidden` is [..., D]; target, mask and weight broadcast to [...].
-    """
+    `hidden` is [..., D]; target, mask and weight broadcast to [...]."""
     # only the rows in the mask see the head
     shape = hidden.shape[:-1]
     target, mask, weight = (t.expand(shape) for t in (target, mask, weight))
-    loss, nll_R = chunked_cross_entropy(hidden[mask], head_VD, target[mask],
-                                        weight[mask].float(), **options)
-    nll = torch.zeros(shape, device=hidden.device).masked_scatter(mask, nll_R)
-    return loss, nll
+    loss, nll_R = chunked_cross_entropy(
+        hidden[mask], head_VD, target[mask], weight[mask].float(), **options)
+    return loss, nll_R.new_zeros(shape).masked_scatter(mask, nll_R)
 
 
 def true_tokens(ids_BL, valid_BL, position_BP, n_true: int):
     """The next A tokens after each position: their ids and whether they exist, [B, P, A] each."""
-    # position j looks at j+1 .. j+A; past the end there is nothing to score
-    L = ids_BL.shape[1]
-    index_BPA = position_BP[:, :, None] + torch.arange(1, n_true + 1, device=ids_BL.device)
-    flat = index_BPA.clamp(max=L - 1).flatten(1)
-    ids_BPA, valid_BPA = (x.gather(1, flat).view_as(index_BPA) for x in (ids_BL, valid_BL))
-    return ids_BPA, valid_BPA & (index_BPA < L)
+    ids_BPA = gather_ahead(ids_BL, position_BP + 1, n_true)
+    # past the end of the text there is nothing to score
+    exists_BL = nn.functional.pad(valid_BL, (0, n_true))
+    return ids_BPA, gather_ahead(exists_BL, position_BP + 1, n_true)
 
 
 def gather_ahead(x_BL, position_BP, n_true: int):
     """x at positions j .. j+A-1 of each position j, [B, P, A, ...]; past the end, the last one."""
-    # rows of x_BL in the first index, positions in the second
     index_BPA = position_BP[:, :, None] + torch.arange(n_true, device=position_BP.device)
     row_B11 = torch.arange(len(x_BL), device=position_BP.device)[:, None, None]
     return x_BL[row_B11, index_BPA.clamp(max=x_BL.shape[1] - 1)]

@@ -23,12 +23,11 @@ from formats.gguf import gguf_tokenizer
 TOKENIZER_FILES = "tokenizer.model tokenizer.model.v3 tekken.json tokenizer.json words.json".split()
 # GPT-2's expression between single digits, in one: white space before a digit stays whole.
 _ONE_DIGIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-
-
 MAX_VOCAB = 1 << 20                   # ids; the largest known has 262,144
 TEKKEN = {"default_num_special_tokens": int, "default_vocab_size": int, "pattern": str}
 BYTE_LEVEL = {"added_tokens": [{"content": str, "id": int, "special": bool}],
               "model": {"vocab": {str: int}, "merges": [(str, [str])]}}
+ENDS = {"eos_token_id": (None, int, [int])}
 MANY_BLANKS = 400_000                 # tiktoken's regular expressions give up at a million
 
 
@@ -67,9 +66,8 @@ class Tokenizer:
 
 
 class Stream:
-    """Decode ids as they come: all that `push` and then `flush` return, joined, is the text. The
-    bytes of an unfinished character wait for the rest. To continue a prompt, push its ids first and
-    drop the result: only at the very beginning is a space no part of the text."""
+    """Decode ids as they come; bytes of half a character wait for the rest. To continue a prompt,
+    push its ids and drop the result: only at the very beginning is a space no part of the text."""
     def __init__(self, tokenizer):
         self.pieces = tokenizer.pieces
         self.space_first = tokenizer.space_first
@@ -99,11 +97,10 @@ class SentencePieceTokenizer(Tokenizer):
         def bytes_of(i):
             piece = model.id_to_piece(i)
             if model.is_byte(i):                  # "<0x0A>"
-                return bytes([int(piece[1:-1], 16)])
+                return bytes.fromhex(piece[3:-1])
             if model.is_control(i):
                 return b""
             return piece.replace("▁", " ").encode()
-
         pieces = list(map(bytes_of, range(len(model))))
         bos, eos = (None if i < 0 else i for i in (model.bos_id(), model.eos_id()))
         space_first = model.encode_as_pieces("a")[0].startswith("▁")
@@ -115,8 +112,7 @@ class TiktokenTokenizer(Tokenizer):
     """Read tekken.json (Nemo, Ministral) or byte-level tokenizer.json (Qwen2, SmolLM2, Llama 3).
     tiktoken needs a regular expression that cuts text into words, and a vocabulary {bytes: id}; it
     merges the pair of neighbours with the lowest id first. tokenizer.json spells bytes as letters
-    and lists merges, which is the same if ids were given in the order of the merges.
-    """
+    and lists merges, which is the same if ids were given in the order of the merges."""
     def __init__(self, spec):
         self.name = "tekken.json" if "config" in spec else "tokenizer.json"
         read = _tekken if "config" in spec else _byte_level
@@ -159,8 +155,8 @@ class WordTokenizer(Tokenizer):
         try:
             return [self.ids[word] for word in text.split()]
         except KeyError as word:
-            known = f"the {len(self.ids)} words of {self.path}"
-            raise UserError(f"{word} is not one of {known}") from None
+            raise UserError(f"{word} is not one of the {len(self.ids)} words of "
+                            f"{self.path}") from None
 
 
 def has_tokenizer(path) -> bool:
@@ -173,7 +169,7 @@ def is_gguf(path) -> bool:
     return Path(path).suffix == ".gguf"
 
 
-def _read_file(path: Path) -> tuple[Path, bytes]:
+def _read_file(path: Path):
     """Return the path and the content of a tokenizer's file, the first of a folder. A vocabulary
     in a GGUF file is written as tokenizer.json; if it is not byte-level, one beside it serves."""
     if is_gguf(path):
@@ -184,8 +180,7 @@ def _read_file(path: Path) -> tuple[Path, bytes]:
             raise UserError(f"{path}: its vocabulary is not of a known byte-level kind: put the "
                             f"model's {' or '.join(TOKENIZER_FILES[:4])} beside it")
         path = path.parent
-    in_folder = [path / name for name in TOKENIZER_FILES]
-    path = next(filter(Path.exists, in_folder), path)
+    path = next(filter(Path.exists, [path / name for name in TOKENIZER_FILES]), path)
     return path, path.read_bytes()
 
 
@@ -210,19 +205,12 @@ def load_tokenizer(path) -> Tokenizer:
                         "it is truncated or a git-lfs pointer, or else another of the model's "
                         f"{', '.join(TOKENIZER_FILES[:4])}") from None
     tokenizer.path, tokenizer.content = str(path), content
-    tokenizer.ends |= _ends_of_model(path.parent)
     tokenizer.sha256 = hashlib.sha256(content).hexdigest()
+    # A fine-tune for chat ends a text with other ids, which the model's own files name.
+    for own in (path.parent / "config.json", path.parent / "generation_config.json"):
+        found = read_json(own, ENDS).get("eos_token_id") if own.exists() else None
+        tokenizer.ends |= {found} if isinstance(found, int) else set(found or ())
     return tokenizer
-
-
-def _ends_of_model(folder: Path) -> set[int]:
-    """Return the ids that end a text by the model's own files: a fine-tune for chat has others."""
-    ends = set()
-    for path in (folder / "config.json", folder / "generation_config.json"):
-        shape = {"eos_token_id": (None, int, [int])}
-        found = read_json(path, shape).get("eos_token_id") if path.exists() else None
-        ends |= {found} if isinstance(found, int) else set(found or ())
-    return ends
 
 
 def dash_id(tokenizer: Tokenizer) -> int:
@@ -281,10 +269,9 @@ def _byte_level(spec):
     special = {token["id"]: b"" if token["special"] else token["content"].encode()
                for token in spec["added_tokens"]}
     # GPT-2's alphabet spells bytes: printable ones as themselves, the others from chr(256) on.
-    printable = [b for b in range(33, 256) if chr(b).isprintable()]
-    others = [b for b in range(256) if b not in printable]
-    letters = map(chr, [*printable, *range(256, 512)])
-    byte = dict(zip(letters, printable + others))
+    byte = {chr(b): b for b in range(33, 256) if chr(b).isprintable()}
+    others = sorted({*range(256)} - {*byte.values()})
+    byte |= zip(map(chr, range(256, 512)), others)
     # What no merge makes is never an id of text; tiktoken would find it.
     unmade = vocab.keys() - made - added.keys()
     if unmade and model.get("ignore_merges"):

@@ -5,11 +5,10 @@
     torchrun --nproc_per_node=8 train.py --init_from=Mistral-7B-v0.1 ...
     python train.py --init_from=resume --out=out/quiet
 
-Two lines of tildes in `main` enclose the only lines that learn; runs/ has complete commands. Every
-random number comes from a generator keyed by (seed, purpose, step, row), so a resumed run, another
-number of ranks, or another cut into micro-batches sees the same text and samples the same thoughts.
-Left out on purpose: a trainer class, callbacks, fp16 and loss scaling. With --dtype=bfloat16 the
-matrix products are bf16; weights and optimizer state stay fp32, as at lr 1e-6 they must.
+Two lines of tildes in `main` enclose the only lines that learn. Random numbers are keyed by (seed,
+purpose, step, row), so a resumed run, or any cut into ranks and micro-batches, sees the same text
+and samples the same thoughts. --dtype=bfloat16 is that of matrix products: weights and optimizer
+stay fp32, as at lr 1e-6 they must. Left out on purpose: a trainer class, callbacks, fp16.
 """
 import json
 import math
@@ -87,11 +86,12 @@ MAY_CHANGE = {                        # of a run that is resumed: how long, how 
     "parallel", "grad_accum", "recompute"}
 
 
-def build_model(cfg: TrainConfig, model_cfg: ModelConfig, thought_cfg: ThoughtConfig, tokenizer,
-                resumed):
+def build_model(cfg: TrainConfig, model_cfg, thought_cfg, tokenizer, resumed):
     """The model to train: from scratch, from a checkpoint, or the one to resume."""
     generator = torch.Generator().manual_seed(seed_of(cfg.seed, RNG_WEIGHTS))
     if cfg.init_from == "scratch" and not resumed:
+        if "--vocab_size" not in config.options_on_command_line():
+            model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
         model = Mistral(model_cfg).init_weights(generator)
     else:
         folder = resumed or checkpoint.find_checkpoint(cfg.init_from)
@@ -134,9 +134,8 @@ def lr_at(step, cfg: TrainConfig):
 
 
 def thought_randoms(cfg: TrainConfig, thought_cfg: ThoughtConfig, step: int, rows):
-    """Random numbers for the thoughts of each text, keyed by (seed, step, row), so that any number
-    of ranks or micro-batches draws the same: `uniform_BNPT`, which decides the sampled tokens, and
-    `position_BP`, the positions that think if they are random."""
+    """Random numbers for the thoughts of each text: `uniform_BNPT` decides the sampled tokens, and
+    `position_BP`, if it is random, which positions think."""
     shape = (thought_cfg.n_thoughts, cfg.n_positions, thought_cfg.thought_len)
     randoms = {"uniform_BNPT": []}
     for row in rows:
@@ -150,8 +149,7 @@ def thought_randoms(cfg: TrainConfig, thought_cfg: ThoughtConfig, step: int, row
 
 @config.file_errors()
 def configure():
-    """Read the command line, with the settings of the checkpoint that is continued as defaults.
-    Returns the three configs, and the state of the run to resume, or None."""
+    """Read the configs, with a checkpoint's as defaults, and the state to resume, or None."""
     kinds = (TrainConfig, ModelConfig, ThoughtConfig)
     first, *_ = config.parse(*kinds, defaults={"out": "-", "data": "-"})
     has_run = checkpoint.has_checkpoints(Path(first.out))
@@ -171,8 +169,7 @@ def configure():
             raise UserError(f"{first.out} is a run of another version (--{min(unknown)}): start "
                             "anew from its weights, with --init_from")
     elif first.init_from != "scratch":
-        folder = checkpoint.find_checkpoint(first.init_from)
-        shape, settings = checkpoint.read_config(folder)
+        shape, settings = checkpoint.read_config(checkpoint.find_checkpoint(first.init_from))
         stored = asdict(shape) | (asdict(settings) if settings else {})
     cfg, model_cfg, thought_cfg = config.parse(*kinds, defaults=stored)
     if resumes and cfg.init_from == "resume":
@@ -209,13 +206,13 @@ class RunLog:
             # a resumed run drops what its checkpoint does not hold; a row of a step says step + 1
             lines = config.read_text(self.path).splitlines()
             try:
-                rows = [json.loads(line) for line in lines if line.endswith("}")]
-            except ValueError:
+                rows = [config.parse_json(line, {"step": int}, self.path)
+                        for line in lines if line.endswith("}")]
+            except UserError:
                 raise UserError(f"{self.path} is damaged: give it another name") from None
             kept = [row for row in rows if row["step"] < step + ("loss" in row)]
-            text = "".join(json.dumps(row) + "\n" for row in kept)
             with config.atomic_write(self.path) as temporary:
-                temporary.write_text(text)
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def row(self, step, steps, values, always=False):
         if not self.is_main:
@@ -234,10 +231,9 @@ class RunLog:
                 if name in COLUMNS or name.startswith("eval/"):
                     head, form = COLUMNS.get(name, (name, ".4f"))
                     shown.append(f"{head} {value:{form}}")
-            seconds = time.monotonic() - self.began
             if step > self.first:
-                left = seconds / (step - self.first) * (steps - step)
-                shown.append(f"{left:.0f} s left")
+                seconds_a_step = (time.monotonic() - self.began) / (step - self.first)
+                shown.append(f"{seconds_a_step * (steps - step):.0f} s left")
             config.say("  ".join(shown))
 
 
@@ -253,28 +249,22 @@ def main():
 
     # data
     tokenizer = load_tokenizer(cfg.data)
-    train_file = TokenFile(cfg.data, "train")
+    batches = Batches(TokenFile(cfg.data, "train"), cfg.seq_len, cfg.crops, cfg.seed)
     val_file = TokenFile(cfg.data, "val") if cfg.eval_every else None
-    batches = Batches(train_file, cfg.seq_len, cfg.crops, cfg.seed)
     task = load_task(cfg.eval_task)
 
     # model
-    vocab_is_free = "--vocab_size" not in config.options_on_command_line()
-    if state is None and cfg.init_from == "scratch" and vocab_is_free:
-        model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
     resumed = checkpoint.find_checkpoint(cfg.out) if state else None
     model = build_model(cfg, model_cfg, thought_cfg, tokenizer, resumed)
-    base = base_model(model)
-    base.recompute = cfg.recompute
+    base_model(model).recompute = cfg.recompute
     is_quiet = isinstance(model, QuietSTaR)
     check_context(model, cfg.seq_len, thought_cfg.n_true if is_quiet else None)
-    settings = asdict(cfg) | asdict(base.config) | asdict(thought_cfg)
+    settings = asdict(cfg) | asdict(base_model(model).config) | asdict(thought_cfg)
     step = state["step"] if state else 0
     facts = {"step": step, "tokenizer": tokenizer.sha256}
     facts |= {f"--{name}": value for name, value in settings.items()}
     distributed.check_same_on_all_ranks(facts, dist)
-    # one pass is faster for many thoughts, but wrong where a block runs twice, and fsdp would
-    # exchange each pass
+    # one pass: faster for many thoughts, wrong where a block runs twice; fsdp would exchange each
     n_thoughts = len(rows[0]) * cfg.n_positions * thought_cfg.n_thoughts
     if is_quiet and n_thoughts >= MANY and not cfg.recompute and dist.strategy != "fsdp":
         use_one_pass(model)

@@ -2,12 +2,10 @@
 
     gguf_config(path), gguf_tensors(path), gguf_tokenizer(path)
 
-give what the config.json, the weights and the tokenizer.json of a Hugging Face folder would hold,
-and `python checkpoint.py --convert=model.gguf --out=FOLDER` writes that folder. The package `gguf`
-(optional) reads and dequantises. Architectures: llama (Mistral, Llama, SmolLM2) and qwen2. Left out
-on purpose: writing GGUF, files in several parts, vocabularies that are not byte-level BPE.
+give what the config.json, the weights and the tokenizer.json of a Hugging Face folder would hold.
+The package `gguf` (optional) reads and dequantises. Architectures: llama (Mistral, Llama, SmolLM2)
+and qwen2. Left out on purpose: writing, files in several parts, and what is not byte-level BPE.
 """
-import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ import torch
 from config import UserError
 from formats.huggingface import NAMES, unpair
 
-ARCHITECTURES = ("llama", "qwen2")
 MODULES = dict(zip((                  # in the order of NAMES; # is a number
     "token_embd", "output_norm", "output", "blk.#.attn_norm", "blk.#.attn_q", "blk.#.attn_k",
     "blk.#.attn_v", "blk.#.attn_output", "blk.#.ffn_norm", "blk.#.ffn_gate", "blk.#.ffn_up",
@@ -29,8 +26,6 @@ NUMBERS = {                           # Hugging Face's, and GGUF's behind the ar
     "hidden_size": "embedding_length", "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count", "intermediate_size": "feed_forward_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon", "max_position_embeddings": "context_length"}
-LLAMA3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {                            # how a vocabulary's `pre` cuts text into words
@@ -70,9 +65,8 @@ def _opened(path: Path):
         raise UserError(f"{path} is one of {given['split.count']} parts: join them first, with "
                         "llama-gguf-split --merge")
     architecture = given.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"{path}: architecture '{architecture}' is not supported "
-                        f"({', '.join(ARCHITECTURES)})")
+    if architecture not in ("llama", "qwen2"):
+        raise UserError(f"{path}: architecture '{architecture}' is not supported (llama, qwen2)")
     return architecture, given, {tensor.name: tensor for tensor in reader.tensors}
 
 
@@ -86,11 +80,10 @@ def gguf_config(path: Path) -> dict:
         head_dim = own.get("attention.key_length", numbers["hidden_size"] // n_heads)
         n_kv_heads = own.get("attention.head_count_kv", n_heads)
         window = own.get("attention.sliding_window")
-        refused = {
-            "a mixture of experts": own.get("expert_count"),
-            "head_count_kv that differs by layer": isinstance(n_kv_heads, list),
-            f"rope.dimension_count below {head_dim}":
-                own.get("rope.dimension_count", head_dim) != head_dim}
+        rope_dim = own.get("rope.dimension_count", head_dim)
+        refused = {"a mixture of experts": own.get("expert_count"),
+                   "head_count_kv that differs by layer": isinstance(n_kv_heads, list),
+                   f"rope.dimension_count below {head_dim}": rope_dim != head_dim}
         for what in filter(refused.get, refused):
             raise UserError(f"{path}: {what} is not supported")
         numbers["rms_norm_eps"] = float(f"{eps:.6g}")         # stored as float32
@@ -115,11 +108,12 @@ def _rope_scaling(path: Path, own: dict, tensors: dict, head_dim: int, theta: fl
     stored = np.array(tensors["rope_freqs.weight"].data, np.float64)
     factor = float(stored.max())
     # Llama 3's formula: how many rotations fit into the old context, between 1 and 4
-    rotations = 8192 / (2 * math.pi * theta ** (np.arange(len(stored)) * 2 / head_dim))
+    rotations = 8192 / (2 * np.pi * theta ** (np.arange(len(stored)) * 2 / head_dim))
     keep = ((rotations - 1) / 3).clip(0, 1)
     if not np.allclose(stored * (keep + (1 - keep) / factor), 1, rtol=1e-3):
         raise UserError(f"{path}: rope_freqs.weight is not Llama 3's, hence not supported")
-    return LLAMA3_ROPE | {"factor": factor}
+    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,19 @@ from config import UserError, check_json, from_stored, read_json
 from model import ModelConfig
 from thoughts import ThoughtConfig
 
-NAMES = (                             # our module, Hugging Face's, Mistral's; # is a number
-    ("embed", "model.embed_tokens", "tok_embeddings"),
-    ("norm", "model.norm", "norm"),
-    ("head", "lm_head", "output"),
-    ("layers.#.attention_norm", "model.layers.#.input_layernorm", "layers.#.attention_norm"),
-    ("layers.#.attention.q", "model.layers.#.self_attn.q_proj", "layers.#.attention.wq"),
-    ("layers.#.attention.k", "model.layers.#.self_attn.k_proj", "layers.#.attention.wk"),
-    ("layers.#.attention.v", "model.layers.#.self_attn.v_proj", "layers.#.attention.wv"),
-    ("layers.#.attention.o", "model.layers.#.self_attn.o_proj", "layers.#.attention.wo"),
-    ("layers.#.ffn_norm", "model.layers.#.post_attention_layernorm", "layers.#.ffn_norm"),
-    ("layers.#.ffn.gate", "model.layers.#.mlp.gate_proj", "layers.#.feed_forward.w1"),
-    ("layers.#.ffn.up", "model.layers.#.mlp.up_proj", "layers.#.feed_forward.w3"),
-    ("layers.#.ffn.down", "model.layers.#.mlp.down_proj", "layers.#.feed_forward.w2"))
+NAMES = [row.split() for row in (     # our module, Hugging Face's, Mistral's; # is a number
+    "embed                    model.embed_tokens                       tok_embeddings",
+    "norm                     model.norm                               norm",
+    "head                     lm_head                                  output",
+    "layers.#.attention_norm  model.layers.#.input_layernorm           layers.#.attention_norm",
+    "layers.#.attention.q     model.layers.#.self_attn.q_proj          layers.#.attention.wq",
+    "layers.#.attention.k     model.layers.#.self_attn.k_proj          layers.#.attention.wk",
+    "layers.#.attention.v     model.layers.#.self_attn.v_proj          layers.#.attention.wv",
+    "layers.#.attention.o     model.layers.#.self_attn.o_proj          layers.#.attention.wo",
+    "layers.#.ffn_norm        model.layers.#.post_attention_layernorm  layers.#.ffn_norm",
+    "layers.#.ffn.gate        model.layers.#.mlp.gate_proj             layers.#.feed_forward.w1",
+    "layers.#.ffn.up          model.layers.#.mlp.up_proj               layers.#.feed_forward.w3",
+    "layers.#.ffn.down        model.layers.#.mlp.down_proj             layers.#.feed_forward.w2")]
 OFFICIAL = {"start_thought": "start_embedding", "end_thought": "end_embedding",
             "mixing_head.#": "talk_head.0.#"}
 HUGGING_FACE = {ours: theirs for ours, theirs, _ in NAMES}
@@ -43,17 +43,16 @@ LAYOUTS = {"ours": HUGGING_FACE | {name: name for name in OFFICIAL},
            "mistral": {ours: theirs for ours, _, theirs in NAMES}}
 MARKER_SCALE = 100                    # embedding_scale of the official code
 
-KEYS = (                              # our number, Hugging Face's, Mistral's
-    ("vocab_size", "vocab_size", "vocab_size"), ("dim", "hidden_size", "dim"),
-    ("n_layers", "num_hidden_layers", "n_layers"), ("n_heads", "num_attention_heads", "n_heads"),
-    ("n_kv_heads", "num_key_value_heads", "n_kv_heads"), ("head_dim", "head_dim", "head_dim"),
-    ("ffn_dim", "intermediate_size", "hidden_dim"), ("norm_eps", "rms_norm_eps", "norm_eps"),
-    ("max_seq_len", "max_position_embeddings", "max_seq_len"))
+KEYS = [names.split() for names in (  # our number, Hugging Face's, Mistral's
+    "vocab_size vocab_size vocab_size", "dim hidden_size dim",
+    "n_layers num_hidden_layers n_layers", "n_heads num_attention_heads n_heads",
+    "n_kv_heads num_key_value_heads n_kv_heads", "head_dim head_dim head_dim",
+    "ffn_dim intermediate_size hidden_dim", "norm_eps rms_norm_eps norm_eps",
+    "max_seq_len max_position_embeddings max_seq_len")]
 IF_ABSENT = {"n_kv_heads": 0, "head_dim": 0, "norm_eps": 1e-6, "max_seq_len": 32768}
-ROPE_KEYS = (("rope_factor", "factor"), ("rope_low_freq", "low_freq_factor"),
-             ("rope_high_freq", "high_freq_factor"),
-             ("rope_old_context", "original_max_position_embeddings"))
-ROPE_TYPES = {"default": (), "linear": ROPE_KEYS[:1], "llama3": ROPE_KEYS}
+ROPE_TYPES = {"default": {}, "linear": {"rope_factor": "factor"}, "llama3": {
+    "rope_factor": "factor", "rope_low_freq": "low_freq_factor",
+    "rope_high_freq": "high_freq_factor", "rope_old_context": "original_max_position_embeddings"}}
 FAMILIES = ("mistral", "llama", "qwen2", "ministral")
 ONLY_VALUE = {"hidden_act": "silu", "partial_rotary_factor": 1.0} | dict.fromkeys((
     "quantization_config", "quantization", "num_local_experts", "num_experts", "moe", "mlp_bias",
@@ -78,11 +77,9 @@ def file_name(name: str, layout: str) -> str:
 
 
 def permute_rope(tensor, name: str, config: ModelConfig):
-    """Reorder q and k: rotary positions turn the rows (2e, 2e + 1) of a head in Mistral's files,
-    and (e, e + E/2) in ours. Other tensors are returned as they are."""
-    if not re.search(r"attention\.[qk]\.", name):
-        return tensor
-    return unpair(tensor, config.n_heads if ".q." in name else config.n_kv_heads)
+    """Reorder q and k of Mistral's files, whose rotary positions turn neighbours; nothing else."""
+    n_heads = {"q": config.n_heads, "k": config.n_kv_heads}.get(name.split(".")[-2])
+    return unpair(tensor, n_heads) if n_heads else tensor
 
 
 def unpair(tensor, n_heads: int):
@@ -91,13 +88,11 @@ def unpair(tensor, n_heads: int):
 
 
 def from_config(given: dict, path: Path) -> tuple[ModelConfig, ThoughtConfig | None]:
-    """Read a params.json, or a config.json of transformers 4 or 5, and its `quiet_star` section.
-    Raises UserError for an architecture that is not supported."""
+    """Read a params.json, or a config.json of transformers 4 or 5. Raises UserError."""
     check_json(given, SHAPE, path)
     is_hf = path.name != "params.json"
     known = FAMILIES if is_hf else ("transformer", None)
-    classes = given.get("architectures") or ()
-    named = [name.removesuffix("ForCausalLM").lower() for name in classes]
+    named = [name.removesuffix("ForCausalLM").lower() for name in given.get("architectures") or ()]
     for name in (given.get("model_type"), *named):
         if name not in known:
             raise UserError(f"{path}: model_type '{name}' is not supported ({', '.join(FAMILIES)})")
@@ -120,8 +115,8 @@ def from_config(given: dict, path: Path) -> tuple[ModelConfig, ThoughtConfig | N
     thetas = [rope.get("rope_theta"), given.get("rope_theta"), default]
     found["rope_theta"] = next(theta for theta in thetas if theta is not None)
     bias = given.get("attention_bias") or given.get("qkv_bias")
-    found["qkv_bias"] = bool(bias) or given.get("model_type") == "qwen2"
-    found["tied"] = bool(given.get("tie_word_embeddings"))
+    found["qkv_bias"] = bias or given.get("model_type") == "qwen2"
+    found["tied"] = given.get("tie_word_embeddings")
     config = from_stored(ModelConfig, found | _rope(rope, path), path)
     # The settings of the thoughts.
     section = given.get("quiet_star")
@@ -139,10 +134,10 @@ def from_config(given: dict, path: Path) -> tuple[ModelConfig, ThoughtConfig | N
 def _mistral_windows(given: dict, path: Path) -> tuple[int, ...]:
     """Return the windows of the layers in turn, 0 for none: a number, a list, or either as text."""
     value = given.get("sliding_window") or given.get("_sliding_window")
-    words = [word.strip() for word in str(value).strip("[]").split(",")]
-    if not all(word.isdecimal() or word in ("None", "null") for word in words):
+    words = re.sub(r"\b(None|null)\b", "0", str(value)).strip("[]").split(",")
+    if not all(word.strip().isdecimal() for word in words):
         raise UserError(f"{path}: sliding_window is {value!r}: neither numbers nor null")
-    return tuple(int(word) if word.isdecimal() else 0 for word in words)
+    return tuple(map(int, words))
 
 
 def _hf_windows(given: dict, path: Path) -> tuple[int, ...]:
@@ -170,15 +165,14 @@ def _rope(rope: dict, path: Path) -> dict:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise UserError(f"{path}: rope_scaling '{kind}' is not supported ({', '.join(ROPE_TYPES)})")
-    for _, theirs in ROPE_TYPES[kind]:
+    for theirs in ROPE_TYPES[kind].values():
         if rope.get(theirs) is None:
             raise UserError(f"{path}: rope_scaling of type '{kind}' lacks {theirs}")
-    return {"rope_type": kind} | {ours: rope[theirs] for ours, theirs in ROPE_TYPES[kind]}
+    return {"rope_type": kind} | {ours: rope[theirs] for ours, theirs in ROPE_TYPES[kind].items()}
 
 
 def to_config(config: ModelConfig, thoughts: ThoughtConfig | None, dtype: torch.dtype) -> dict:
-    """Return the config.json that `from_config` reads back, spelled as by transformers 4. Raises
-    UserError for windows of several lengths, which it cannot express."""
+    """Return a config.json of transformers 4. Raises UserError for windows of several lengths."""
     windows = [config.window(i) or 0 for i in range(config.n_layers)]
     if len(set(windows)) > 1:         # among several, a window as long as the context is none
         windows = [w if w < config.max_seq_len else 0 for w in windows]
@@ -192,7 +186,7 @@ def to_config(config: ModelConfig, thoughts: ThoughtConfig | None, dtype: torch.
         family = "ministral"
     elif not sizes and config.rope_type != "default":
         family = "llama"
-    rope = {theirs: getattr(config, ours) for ours, theirs in ROPE_TYPES[config.rope_type]}
+    rope = {theirs: getattr(config, ours) for ours, theirs in ROPE_TYPES[config.rope_type].items()}
     given = {theirs: getattr(config, ours) for ours, theirs, _ in KEYS}
     given |= {"model_type": family, "architectures": [family.capitalize() + "ForCausalLM"],
               "hidden_act": "silu", "tie_word_embeddings": config.tied,
@@ -230,8 +224,7 @@ class LazyTensor:
 
 
 def open_tensors(path: Path) -> dict[str, LazyTensor]:
-    """Map the tensors of a .safetensors file, or of all files that an index (.json) names. Raises
-    UserError if a file is missing, cut short, or something else."""
+    """Map the tensors of a .safetensors file, or of all that an index names. Raises UserError."""
     if path.suffix == ".json":
         file_of = read_json(path, {"weight_map": {str: str}})["weight_map"]
         for file in file_of.values():

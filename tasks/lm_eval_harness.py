@@ -60,9 +60,8 @@ class QuietStarLM(TemplateLM):
         return self.text_tokenizer.encode(string, bos=add_special_tokens is not False)
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        """Return log p of each continuation, and whether all its tokens are the likeliest ones.
-        A request is (anything, context ids, continuation ids). Long contexts lose their beginning.
-        """
+        """Return log p of each continuation, and whether all its tokens are the likeliest ones, for
+        requests (anything, context ids, continuation ids). Long contexts lose their beginning."""
         # Requests that differ in their last token only are predicted once.
         requests_of = defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
@@ -94,8 +93,7 @@ class QuietStarLM(TemplateLM):
             windows = utils.get_rolling_token_windows(
                 ids, self.prefix_token_id, self.max_length - 1, context_len=1)
             parts = [(None, *utils.make_disjoint_window(window)) for window in windows]
-            found = self._loglikelihood_tokens(parts)
-            sums.append(sum(logp for logp, _ in found))
+            sums.append(sum(logp for logp, _ in self._loglikelihood_tokens(parts)))
         return sums
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
@@ -116,12 +114,9 @@ class QuietStarLM(TemplateLM):
             numbers.sort(key=lambda i: -len(prompts[i]))
             for batch in self._batches(numbers, "generate_until"):
                 said = complete(
-                    self.quiet,
-                    [prompts[i] for i in batch],
-                    self.text_tokenizer, max_new_tokens,
+                    self.quiet, [prompts[i] for i in batch], self.text_tokenizer, max_new_tokens,
                     stop=lambda row, text: cut_at(text, stops)[1],
-                    think=self.thoughts == "own",
-                    temperature=temperature,
+                    think=self.thoughts == "own", temperature=temperature,
                     keys=[(0, i) for i in batch])      # the place in the list, in any batch
                 for i, text in zip(batch, said):
                     texts[i], _ = cut_at(text, stops)

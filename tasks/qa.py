@@ -106,12 +106,8 @@ def number_in(text):
     if not re.fullmatch(NUMBER, text):
         return text
     # of any length, so as text: no zeros at either end, no sign of zero
-    digits = re.sub(r"[^0-9.]", "", text)
-    whole, _, fraction = digits.partition(".")
-    fraction = fraction.rstrip("0")
-    number = whole.lstrip("0") or "0"
-    if fraction:
-        number += "." + fraction
+    whole, _, fraction = re.sub(r"[^0-9.]", "", text).partition(".")
+    number = f"{whole.lstrip('0') or 0}.{fraction.rstrip('0')}".rstrip(".")
     is_negative = text[0] in "-−" and number != "0"
     return "-" + number if is_negative else number
 
@@ -141,9 +137,8 @@ def find_answer(text, tokenizer):
 
 
 def score_answer(answer, logits_SV, temperatures, task, variant):
-    """Return `nll` and `soft` at each temperature and, for CommonsenseQA, `right` (0 or 1).
-    The logits predict the S tokens from `start` on. `variant` is added to the names of the scores.
-    """
+    """Return nll_VARIANT and soft_VARIANT at each temperature and, for CommonsenseQA, right_VARIANT
+    (0 or 1). The logits predict the S tokens of the answer, from `start` on."""
     logits_SV = logits_SV.double()
     target_S1 = logits_SV.new_tensor(answer.ids[answer.start:]).long()[:, None]
     candidates = answer.candidates or slice(None)

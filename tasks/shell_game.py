@@ -52,8 +52,7 @@ def game_lines(n_lines: int, share_with_reasoning: float, seed: str):
 def write_corpora(out: str, n_lines: int, seed: int):
     """Write `out`/words.json and, in a folder each, the token files of both corpora."""
     words = dict(words=WORDS, bos=None, eos=".")
-    with config.atomic_write(f"{out}/words.json") as temporary:
-        temporary.write_bytes(json.dumps(words, ensure_ascii=False).encode())
+    config.write_text(f"{out}/words.json", json.dumps(words, ensure_ascii=False))
     tokenizer = load_tokenizer(f"{out}/words.json")
     for name, share, source in CORPORA:
         folder = f"{out}/{name}"

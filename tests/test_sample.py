@@ -355,7 +355,7 @@ def test_a_mistake_is_one_line(call, checkpoint, game, tmp_path, monkeypatch):
             ([given, "--think=gate"], "need each other"), ([given, "--gate=1"], "need each other"),
             ([given, "--prompt=ball", "--think=gate", "--gate=x"], "cannot read x"),
             ([given, "--prompt=ball", "--think=gate", f"--gate={tmp_path}/gate.json"],
-             "gate.json is not a gate of this checkpoint: fit one"),
+             "gate.json: end_thought is absent"),
             ([given, "--prompt=ball", "--think=gate", f"--gate={tmp_path}/other.json"],
              "other.json is not a gate of this checkpoint: fit one"),
             ([given, "--top_p=0"], "not above 0"),

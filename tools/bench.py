@@ -1,8 +1,7 @@
 """Benchmark of a training step and of a generated token, beside plain training.
 
     python -m tools.bench                     # a small model on one CPU thread
-    python -m tools.bench --kind=train --dim=4096 --n_layers=32 --n_heads=32 --n_kv_heads=8 \
-      --ffn_dim=14336 --vocab_size=32000 --thought_len=12 --dtype=bfloat16 --recompute=1
+    python -m tools.bench --kind=generate     # a generated token; for 7B see docs/SCALING.md
 
   quiet        a step of train.py, which samples and learns in one pass without --recompute
   plain_path   a step that first samples and then reads, as thoughts.py does by itself
@@ -65,26 +64,12 @@ def shortest(run, times: int) -> float:
     return min(seconds[1:])
 
 
-def count_flops(run, quiet: QuietSTaR) -> int:
-    """Count the FLOPs of matrix products in one run."""
-    quiet.start_thought.requires_grad_(False)         # no product; the counter's hooks refuse it
-    # a CPU's fused attention is not counted by torch, and a GPU's as a full square: count neither
-    fused = (aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_cudnn_attention,
-             aten._scaled_dot_product_flash_attention_backward,
-             aten._scaled_dot_product_cudnn_attention_backward)
-    none = dict.fromkeys(fused, lambda *_, **__: 0)
-    with FlopCounterMode(display=False, custom_mapping=none) as counter:
-        run()
-    quiet.start_thought.requires_grad_(True)
-    return counter.get_total_flops()
-
-
 def random_quiet(m: ModelConfig, c: ThoughtConfig):
     """Make a QuietSTaR with random weights, also in the mixing head, so that thoughts matter."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     with torch.device(DEVICE):
         quiet = QuietSTaR(Mistral(m).init_weights(generator), c)
-        quiet.init_thoughts(quiet.model.embed.weight[0].detach().clone(), generator)
+        quiet.init_thoughts(quiet.model.embed.weight[0].detach(), generator)
     torch.nn.init.normal_(quiet.mixing_head[4].weight, std=0.02, generator=generator)
     return quiet
 
@@ -100,8 +85,7 @@ def variant_run(cfg: BenchConfig, quiet: QuietSTaR):
     ids_BL = torch.randint(quiet.model.config.vocab_size, (B, L), device=DEVICE)
     valid_BL = ids_BL >= 0            # no padding
     if cfg.variant in ("generate", "decode"):
-        think = cfg.variant == "generate"
-        return Generator(quiet, ids_BL, valid_BL.sum(1), 64, think=think).step
+        return Generator(quiet, ids_BL, valid_BL.sum(1), 64, think=cfg.variant == "generate").step
 
     @torch.no_grad()
     def sample():
@@ -113,7 +97,6 @@ def variant_run(cfg: BenchConfig, quiet: QuietSTaR):
         objective(ids_BL, valid_BL, **randoms).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
     if cfg.variant == "sampling":
         return sample
     if cfg.variant == "quiet" and not cfg.recompute:
@@ -133,21 +116,27 @@ def measure(cfg: BenchConfig, m, c):
         peak, n = torch.cuda.max_memory_allocated(), 8192
     a_nn = torch.randn(n, n, device=DEVICE, dtype=quiet.end_thought.dtype)
     rate = 2 * n ** 3 / shortest(lambda: a_nn @ a_nn, 5)
-    return dict(seconds=seconds, peak=peak, flops=count_flops(run, quiet), rate=rate)
+    # a CPU's fused attention is not counted by torch, and a GPU's as a full square: count neither
+    fused = (aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_cudnn_attention,
+             aten._scaled_dot_product_flash_attention_backward,
+             aten._scaled_dot_product_cudnn_attention_backward)
+    none = dict.fromkeys(fused, lambda *_, **__: 0)
+    quiet.start_thought.requires_grad_(False)         # no product; the counter's hooks refuse it
+    with FlopCounterMode(display=False, custom_mapping=none) as counter:
+        run()
+    return dict(seconds=seconds, peak=peak, flops=counter.get_total_flops(), rate=rate)
 
 
 def collect(cfg: BenchConfig):
     """Measure each variant of the table in turn, and keep its fastest round."""
     found = {}
     for name in TABLES[cfg.kind] * cfg.rounds:
-        options = [*sys.argv[1:], *f"--variant={name}".split()]
-        command = [sys.executable, "-m", "tools.bench", *options]
+        command = [sys.executable, "-m", "tools.bench", *sys.argv[1:], *f"--variant={name}".split()]
         try:
             run = json.loads(subprocess.check_output(command, cwd=Path(__file__).parents[1]))
         except subprocess.CalledProcessError as error:
             sys.exit(error.returncode)            # it has said why
-        if name not in found or run["seconds"] < found[name]["seconds"]:
-            found[name] = run
+        found[name] = min(found.get(name, run), run, key=lambda run: run["seconds"])
     return found
 
 
@@ -161,10 +150,9 @@ def main():
     found = collect(cfg)
     first = found[TABLES[cfg.kind][0]]["seconds"]
     for name, run in found.items():
-        s, tflop = run["seconds"], run["flops"] / 1e12
-        share = 1e12 * tflop / s / run["rate"]
-        print(f"| {name} | {s:.3g} | {s / first:.2f} | {run['peak'] / 1e9:.2f} | {tflop:.3g} | "
-              f"{share:.0%} |")
+        s, flops = run["seconds"], run["flops"]
+        print(f"| {name} | {s:.3g} | {s / first:.2f} | {run['peak'] / 1e9:.2f} | "
+              f"{flops / 1e12:.3g} | {flops / s / run['rate']:.0%} |")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Gate:
         return self.score(base_RD, logits_RV) >= self.threshold
 
 
-def read_gate(value: str, quiet: QuietSTaR) -> Gate:
+def read_gate(value, quiet):
     """Return a gate from a threshold of the entropy in nats, or from a file that --out wrote."""
     try:
         return Gate(float(value))
@@ -55,8 +55,9 @@ def read_gate(value: str, quiet: QuietSTaR) -> Gate:
         numbers = {"threshold": float, "bias": float, "probe": [float], "end_thought": [float]}
         found = config.read_json(value, numbers)
     # the end marker identifies the checkpoint; on a GPU it is rounded to bfloat16
-    marker_D = quiet.end_thought.detach().float().cpu()
-    probe_D, own_D = torch.tensor(found["probe"]), torch.tensor(found["end_thought"])
+    marker_D = quiet.end_thought.float().cpu()
+    own_D = torch.tensor(found["end_thought"])
+    probe_D = torch.tensor(found["probe"])
     fits = probe_D.shape == own_D.shape == marker_D.shape
     if not fits or not torch.allclose(own_D, marker_D, rtol=1e-2, atol=1e-4):
         raise UserError(f"{value} is not a gate of this checkpoint: fit one with tools.gate")
@@ -70,14 +71,15 @@ def observe(quiet, tokenizer, cfg, split):
     scores = score_texts(quiet, token_file, tokenizer, cfg.texts, cfg.seq_len)
     gain_R = scores["nll_base"] - scores["nll_mixed"]
     ids_BL, valid_BL = held_out_texts(token_file, cfg.texts, cfg.seq_len)
-    ids_BL, real_BP = ids_BL.to(quiet.end_thought.device), valid_BL[:, 1:]
-    base_RD, *_ = states_at(quiet, ids_BL, every_position(ids_BL), real_BP, "none")
+    ids_BL = ids_BL.to(quiet.end_thought.device)
+    base_RD, *_ = states_at(quiet, ids_BL, every_position(ids_BL), valid_BL[:, 1:], "none")
     return base_RD.float().cpu(), gain_R, scores["entropy_base"], scores["text"]
 
 
-def fit_probe(base_RD, gain_R) -> Gate:
+def fit_probe(base_RD, gain_R):
     """Fit base state to gain by ridge regression; the gate's threshold stays to be set."""
-    mean_D, y_R = base_RD.double().mean(0), torch.from_numpy(gain_R)
+    mean_D = base_RD.double().mean(0)
+    y_R = torch.from_numpy(gain_R)
     x_RD = base_RD - mean_D
     square_DD = x_RD.T @ x_RD
     square_DD.diagonal().add_(1e-3 * square_DD.diagonal().mean())
@@ -119,15 +121,15 @@ def main():
         raise UserError(f"{cfg.checkpoint} has no thoughts to gate: train it to think (train.py)")
     probe = fit_probe(*observe(quiet, tokenizer, cfg, "train")[:2])
     base_RD, gain_R, entropy_R, text_R = observe(quiet, tokenizer, cfg, "val")
-    score_of = {"entropy": entropy_R, "probe": probe.score(base_RD, None).numpy()}
+    probe_R = probe.score(base_RD, None).numpy()
     tunes_R = text_R < text_R.max() / 2
     if not tunes_R.any():
         raise UserError(f"{cfg.data} holds one held-out text, and two are needed")
-    for name, score_R in score_of.items():
+    for name, score_R in {"entropy": entropy_R, "probe": probe_R}.items():
         print(f"gate by {name}, {sum(~tunes_R)} held-out tokens\n{HEADER}")
         for point in curve(score_R[~tunes_R], gain_R[~tunes_R], text_R[~tunes_R], score_R[tunes_R]):
             print(ROW.format(**point))
-    threshold = np.quantile(score_of["probe"][tunes_R], 1 - cfg.share, method="higher")
+    threshold = np.quantile(probe_R[tunes_R], 1 - cfg.share, method="higher")
     gate = dict(threshold=float(threshold), probe=probe.probe_D.tolist(), bias=probe.bias,
                 end_thought=quiet.end_thought.tolist())
     with config.atomic_write(cfg.out) as temporary:

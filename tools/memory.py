@@ -20,8 +20,7 @@ class MemoryConfig:
 
     def __post_init__(self):
         config.check_at_least(self, batch_size=1, grad_accum=1, seq_len=1)
-        least = min(self.gpus, default=0)
-        if least < 1:
+        if min(self.gpus, default=0) < 1:
             raise config.UserError(f"--gpus={self.gpus}: give numbers above 0, like 1,2,4")
 
 
@@ -57,7 +56,7 @@ def step_memory(cfg: MemoryConfig, m, c, n_gpus):
 def main():
     cfg, m, c = config.parse(MemoryConfig, ModelConfig, ThoughtConfig)
     rows = [step_memory(cfg, m, c, n_gpus) for n_gpus in cfg.gpus]
-    print("| GPUs |", " | ".join(rows[0]), "|\n" + 10 * "|---" + "|")
+    print("| GPUs |", " | ".join(rows[0]), "|\n|---|---|---|---|---|---|---|---|---|---|")
     for n_gpus, row in zip(cfg.gpus, rows):
         cells = [f"{value / 1e9:.1f} |" for value in row.values()]
         print(f"| {n_gpus} |", *cells)

@@ -77,25 +77,23 @@ class TextStream:
 
 def take_steps(generator, streams: list[TextStream], max_new_tokens: int):
     """Give every text that has not ended a token at each `next`, then end all of them."""
-    filler = generator.think and generator.model.config.filler
     for _ in range(max_new_tokens):
         output = generator.step()
-        growing = [(row, stream) for row, stream in enumerate(streams) if not stream.ended]
-        for row, stream in growing:
+        for row, stream in enumerate(streams):
+            if stream.ended:
+                continue
             token = Token(int(output.token_B[row]))
             thought_T = output.thought_BT[row] if output.thinks_B[row] else None
-            describe(token, stream.tokenizer, output.base_logp_BV[row], output.mixed_logp_BV[row],
-                     output.mixing_weight_B[row], thought_T, filler)
+            describe(token, stream.tokenizer, generator.model, output.base_logp_BV[row],
+                     output.mixed_logp_BV[row], output.mixing_weight_B[row], thought_T)
             stream.push(token)
         yield
     for stream in streams:
         stream.end()
 
 
-def describe(token: Token, tokenizer, base_logp_V, mixed_logp_V, mixing_weight, thought_T,
-             filler: bool = False):
-    """Fill in how thinking changed the prediction; `thought_T` is None if there was no thought. A
-    `filler` model reads the start marker instead of each token of its thought."""
+def describe(token: Token, tokenizer, model, base_logp_V, mixed_logp_V, mixing_weight, thought_T):
+    """Fill in how thinking changed the prediction; `thought_T` is None if there was no thought."""
     token.logp = float(mixed_logp_V[token.id])
     token.gain = token.logp - float(base_logp_V[token.id])
     token.entropy = float(torch.special.entr(base_logp_V.exp()).sum())
@@ -104,7 +102,7 @@ def describe(token: Token, tokenizer, base_logp_V, mixed_logp_V, mixing_weight, 
         token.thinks = True
         token.mixing_weight = float(mixing_weight)
         token.thought = tokenizer.decode(thought_T.tolist())
-        if filler:
+        if model.config.filler:                # it reads the start marker at each step instead
             token.thought = START_THOUGHT * len(thought_T)
 
 
@@ -157,8 +155,7 @@ def _shown(token: Token, thoughts: bool) -> str:
 
 def _safe(text: str) -> str:
     """Escape what a terminal would obey; a file gets the text itself."""
-    on_screen = on_a_screen()
-    return printable(text.replace("\r\n", "\n"), keep="\n\t") if on_screen else text
+    return printable(text.replace("\r\n", "\n"), keep="\n\t") if on_a_screen() else text
 
 
 def _styled(text: str, code: str) -> str:
