@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from tasks.bootstrap import bootstrap_ci
 from tools import figures
 
 pytest.importorskip("matplotlib")
@@ -24,7 +25,7 @@ def drawn(monkeypatch):
 def write(folder, name, seed, **means):
     path, means = folder / f"{seed}-{name}.json", {"nll_base": 1.0, **means}
     values = {key: dict(mean=value) for key, value in means.items() if isinstance(value, float)}
-    path.write_text(json.dumps({**means, **values}))
+    path.write_text(json.dumps({**means, **values, "clusters": {"count": [1.0] * 4}}))
     return path
 
 
@@ -86,6 +87,21 @@ def test_the_mask_names_every_token_and_every_group_on_both_axes(drawn, tmp_path
     stands = {(text.get_text(), *text.get_position()) for text in ax.texts}
     assert stands == {(group, 5 * n + 2, -3) for n, group in enumerate(groups)} | {
         (group, -3, 5 * n + 2) for n, group in enumerate(groups)}
+
+
+def test_a_table_has_means_extremes_and_the_interval_over_the_texts_of_all_runs(tmp_path, call):
+    rng, paths = np.random.default_rng(0), []
+    right = rng.random((3, 40)) < 0.7
+    for seed in range(3):
+        clusters = {"count": [1.0] * 40, "right_mixed": right[seed].astype(float).tolist()}
+        means = {"nll_base": {"mean": 1.0}, "right_mixed": {"mean": float(right[seed].mean())}}
+        paths.append(tmp_path / f"{seed}-thinking.json")
+        paths[-1].write_text(json.dumps({**means, "clusters": clusters}))
+    _, out, _ = call(figures, "--kind=table", f"--input={','.join(map(str, paths))}")
+    means, interval = right.mean(1), bootstrap_ci(right.sum(0), np.full(40, 3))
+    shown = (f"{right.mean():.3f} ({means.min():.3f} to {means.max():.3f}) "
+             f"[{interval['low']:.3f}, {interval['high']:.3f}]")
+    assert shown in out.splitlines()[-1] and "| thinking | 3 |" in out
 
 
 def test_a_mistake_is_one_line(call):

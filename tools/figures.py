@@ -16,6 +16,7 @@ import numpy as np
 import config
 from attention import may_attend
 from config import UserError
+from tasks.bootstrap import bootstrap_ci
 
 BASE, MIXED, PLAIN = "#6f6f6f", "#0b6e4f", "#b5651d"
 TABLE_MEASURES = "right_base right_mixed nll_base nll_scaled nll_mixed reasoning_is_right".split()
@@ -88,14 +89,28 @@ def by_name(paths):
     found = {}
     for path in paths:
         wanted = dict.fromkeys(TABLE_MEASURES, (None, {"mean": float}))
-        result = config.read_json(path, wanted | {"nll_base": {"mean": float}})
+        wanted |= {"nll_base": {"mean": float}, "clusters": {str: [float]}}
+        result = config.read_json(path, wanted)
         name = re.sub(r"^\d+-", "", Path(path).stem)
         found.setdefault(name, []).append(result)
     return found
 
 
+def interval_over_texts(results, column):
+    """Return the 95 % interval of the mean over runs, "" if they did not score the same texts."""
+    sums, counts = [], []
+    for result in results:
+        sums.append(result["clusters"].get(column, []))
+        counts.append(result["clusters"].get("count", []))
+    sizes = set(map(len, sums + counts))
+    if len(sizes) > 1:
+        return ""
+    interval = bootstrap_ci(np.sum(sums, 0), np.sum(counts, 0))
+    return " [{low:.3f}, {high:.3f}]".format(**interval)
+
+
 def table(cfg):
-    """Print a line of Markdown for each name: the mean of its runs (lowest to highest)."""
+    """Print a line of Markdown for each name: mean (lowest to highest) [interval over texts]."""
     print("| | runs | " + " | ".join(TABLE_MEASURES) + " |")
     print("|---" * (len(TABLE_MEASURES) + 2) + "|")
     for name, results in by_name(cfg.input).items():
@@ -105,6 +120,8 @@ def table(cfg):
             cell = f"{np.mean(values):.3f}" if values else ""
             if len(values) > 1:
                 cell += f" ({min(values):.3f} to {max(values):.3f})"
+            if len(values) == len(results):
+                cell += interval_over_texts(results, column)
             cells.append(cell)
         print("| " + " | ".join(cells) + " |")
 
