@@ -72,19 +72,16 @@ def _rows(path):
     with opener(path, "rb") as file:
         if path.endswith(".txt"):
             yield {"text": decode_text(file.read(), path)}
-        elif path.endswith(".parquet"):
+            return
+        if path.endswith(".parquet"):
             from pyarrow.parquet import ParquetFile
             for batch in ParquetFile(file).iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-        else:
-            yield from map(_json_row, iter(lambda: file.readline(MAX_LINE + 1), b""))
-
-
-def _json_row(line: bytes):
-    """Return a line's row. One that a small compressed file blows up to is refused."""
-    if len(line) > MAX_LINE:
-        raise ValueError(f"a line of more than {MAX_LINE} bytes")
-    return json.loads(line) if line.strip() else None
+            return
+        while line := file.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE:      # a small compressed file can blow up to it
+                raise ValueError(f"a line of more than {MAX_LINE} bytes")
+            yield json.loads(line) if line.strip() else None
 
 
 def train_tokenizer(texts, vocab_size):

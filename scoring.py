@@ -10,7 +10,6 @@ Shapes: those of thoughts.py, and R chosen positions of all texts of a batch.
 """
 import importlib
 from collections import defaultdict
-from itertools import cycle
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ class ReasonsAloud(QuietSTaR):
     """A base model whose thoughts are text: its markers are em dashes, its mixing weight is 1."""
     def __init__(self, base, thought_len, dash_id):
         super().__init__(base, ThoughtConfig(thought_len=thought_len))
-        dash_D = base.embed.weight[dash_id].detach()
+        dash_D = base.embed.weight[dash_id]
         self.init_thoughts(dash_D, torch.Generator())
         self.to(dash_D)
 
@@ -82,11 +81,10 @@ def pad_ids(rows, device=None):
 
 def pack_positions(where_BL):
     """Chosen positions of each text, [B, P], and which are real: short rows repeat their first."""
-    count_B1 = where_BL.sum(1, keepdim=True)
-    P = max(1, int(count_B1.max()))
-    chosen_first_BL = where_BL.int().argsort(dim=1, descending=True, stable=True)
+    P = max(1, int(where_BL.sum(1).max()))
+    real_BL, chosen_first_BL = where_BL.int().sort(dim=1, descending=True, stable=True)
     position_BP = chosen_first_BL[:, :P]
-    real_BP = torch.arange(P, device=where_BL.device) < count_B1
+    real_BP = real_BL[:, :P] == 1
     return torch.where(real_BP, position_BP, position_BP[:, :1]), real_BP
 
 
@@ -98,8 +96,8 @@ def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
         check_context(model, ids_BL.shape[1], n_true=None)
         context = CausalContext(every_position(ids_BL, last=True))
         hidden_BLD = base_model(model)(ids_BL, context)
-        base_RD = gather_ahead(hidden_BLD, position_BP, 1)[:, :, 0][real_BP]
-        weight_R = torch.zeros_like(base_RD[:, 0])
+        base_RD = gather_ahead(hidden_BLD, position_BP, 1)[real_BP][:, 0]
+        weight_R = base_RD.new_zeros(len(base_RD))
         thought_RT = base_RD[:, :0].long()
         return base_RD, base_RD, weight_R, thought_RT
     check_context(model, ids_BL.shape[1])
@@ -127,11 +125,11 @@ def of_another_text(text_R):
     # in a circle, text by text: each position takes one of those before its own text
     circle = sum(by_text.values(), [])
     chosen = [0] * len(circle)
+    start = 0
     for rows in by_text.values():
-        others = circle[len(rows):]
-        for r, other in zip(rows, cycle(others[::-1])):
-            chosen[r] = other
-        circle = others + rows
+        for k, r in enumerate(rows):
+            chosen[r] = circle[start - 1 - k % (len(circle) - len(rows))]
+        start += len(rows)
     return chosen
 
 
@@ -148,10 +146,8 @@ def answer_logits(model, texts, thoughts="own"):
     position_BP, real_BP = pack_positions(is_answer_BL & is_text_BL)
     base_RD, mixed_RD, weight_R, _ = states_at(model, ids_BL, position_BP, real_BP, thoughts)
     sizes = real_BP.sum(1).tolist()
-    bases = base_RD.split(sizes)
-    mixtures = mixed_RD.split(sizes)
-    weights = weight_R.split(sizes)
-    for base_SD, mixed_SD, weight_S in zip(bases, mixtures, weights):
+    by_text = [x.split(sizes) for x in (base_RD, mixed_RD, weight_R)]
+    for base_SD, mixed_SD, weight_S in zip(*by_text):
         base_SV = mixed_SV = logits_without_markers(model, base_SD)
         if mixed_RD is not base_RD:
             mixed_SV = logits_without_markers(model, mixed_SD)
@@ -181,7 +177,7 @@ def score_targets(model, hidden_RD, target_R, candidates=None, temperatures=()):
             scaled_RV = logits_RV / t
             nll_Rk[:, k] = scaled_RV.logsumexp(-1) - logit_R / t
         found.append((nll_R, right_R, entropy_R, nll_Rk))
-    return [torch.cat(parts) for parts in zip(*found)]
+    return list(map(torch.cat, zip(*found)))
 
 
 def score_positions(model, ids_BL, where_BL, candidates=None, thoughts="own", temperatures=()):
@@ -202,8 +198,6 @@ def held_out_texts(token_file, n_texts, seq_len):
     """The first documents of a split, cut at `seq_len` tokens: ids_BL, valid_BL."""
     n = min(n_texts, token_file.n_docs)
     docs = [token_file.document(i)[:seq_len] for i in range(n)]
-    if not docs:
-        raise UserError(f"{token_file.path} holds no document to evaluate on: raise --val_share")
     ids_BL, length_B = pad_ids(docs)
     column_BL = every_position(ids_BL, last=True)
     return ids_BL, column_BL < length_B[:, None]
@@ -254,11 +248,11 @@ def score_texts(
         for name, value in part.items():
             scores[name][index_R] = value.cpu().double()
         progress(len(index_R) * dist.world_size)
-    # the sum over ranks is the whole
-    if dist.world_size > 1:
-        for name, value in scores.items():
-            scores[name] = all_reduce_sum(value.to(dist.device)).cpu()
-    arrays = {name: value.numpy() for name, value in scores.items()}
+    arrays = {}
+    for name, value in scores.items():
+        if dist.world_size > 1:           # the sum over ranks is the whole
+            value = all_reduce_sum(value.to(dist.device)).cpu()
+        arrays[name] = value.numpy()
     if not np.isfinite(arrays["nll_base"] + arrays["nll_mixed"]).all():
         raise UserError("the model predicts nan or infinity: its weights are damaged, or overflow")
     arrays["text"] = where_BL.nonzero()[:, 0].numpy()
@@ -269,7 +263,7 @@ def evaluate_held_out(model, token_file, tokenizer, n_texts, seq_len, task):
     """Means over held-out text under their names in log.jsonl (behind "eval/")."""
     scores = score_texts(model, token_file, tokenizer, n_texts, seq_len, task=task)
     names = {"nll/base": "nll_base", "accuracy/base": "right_base"}
-    if isinstance(model, QuietSTaR):
+    if thinks(model):
         names |= {"nll/mixed": "nll_mixed", "accuracy/mixed": "right_mixed",
                   "mixing_weight": "mixing_weight"}
     return {key: float(scores[name].mean()) for key, name in names.items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from config import UserError, atomic_write, check_json, file_errors, read_json
+from config import UserError, atomic_write, check_json, read_json
 from formats.gguf import gguf_tokenizer
 
 TOKENIZER_FILES = "tokenizer.model tokenizer.model.v3 tekken.json tokenizer.json words.json".split()
@@ -184,7 +184,6 @@ def _read_file(path: Path):
     return path, path.read_bytes()
 
 
-@file_errors()
 def load_tokenizer(path) -> Tokenizer:
     """Load a file, or the first of a folder. Raises UserError if it is damaged or loses text."""
     path = Path(path)

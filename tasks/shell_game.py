@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 import config
-from config import UserError
 from data import prepare
 from tokenizer import load_tokenizer
 
@@ -70,8 +69,8 @@ def candidates(tokenizer) -> list[int]:
 def answer_positions(ids_BL, tokenizer):
     """Mark each `now` before a hidden answer, if its line's `ball` is in view: [B, L] bool."""
     if tokenizer.vocab_size != len(WORDS):
-        raise UserError(f"{tokenizer.path} is not that of the shell game: leave the task out, "
-                        "or use the data of tasks.shell_game")
+        raise config.UserError(f"{tokenizer.path} is not that of the shell game: leave the task "
+                               "out, or use the data of tasks.shell_game")
     ball, now = tokenizer.encode("ball now")
     cup_ids = torch.tensor(candidates(tokenizer), device=ids_BL.device)
     cup_is_next_BL = torch.isin(ids_BL, cup_ids).roll(-1, dims=1)

@@ -52,8 +52,8 @@ def read_gate(value, quiet):
     try:
         return Gate(float(value))
     except ValueError:
-        numbers = {"threshold": float, "bias": float, "probe": [float], "end_thought": [float]}
-        found = config.read_json(value, numbers)
+        found = config.read_json(value, {
+            "threshold": float, "bias": float, "probe": [float], "end_thought": [float]})
     # the end marker identifies the checkpoint; on a GPU it is rounded to bfloat16
     marker_D = quiet.end_thought.float().cpu()
     own_D = torch.tensor(found["end_thought"])
@@ -64,7 +64,6 @@ def read_gate(value, quiet):
     return Gate(float(found["threshold"]), probe_D, float(found["bias"]))
 
 
-@torch.no_grad()
 def observe(quiet, tokenizer, cfg, split):
     """Return base_RD, gain_R, entropy_R and text_R of every prediction of the first texts."""
     token_file = TokenFile(cfg.data, split)
@@ -125,15 +124,14 @@ def main():
     tunes_R = text_R < text_R.max() / 2
     if not tunes_R.any():
         raise UserError(f"{cfg.data} holds one held-out text, and two are needed")
-    for name, score_R in {"entropy": entropy_R, "probe": probe_R}.items():
+    for name, score_R in ("entropy", entropy_R), ("probe", probe_R):
         print(f"gate by {name}, {sum(~tunes_R)} held-out tokens\n{HEADER}")
         for point in curve(score_R[~tunes_R], gain_R[~tunes_R], text_R[~tunes_R], score_R[tunes_R]):
             print(ROW.format(**point))
     threshold = np.quantile(probe_R[tunes_R], 1 - cfg.share, method="higher")
     gate = dict(threshold=float(threshold), probe=probe.probe_D.tolist(), bias=probe.bias,
                 end_thought=quiet.end_thought.tolist())
-    with config.atomic_write(cfg.out) as temporary:
-        temporary.write_text(json.dumps(gate))
+    config.write_text(cfg.out, json.dumps(gate))
     print(f"wrote {cfg.out}")
 
 
