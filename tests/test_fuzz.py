@@ -291,3 +291,23 @@ def test_a_pipe_or_a_million_layers_is_no_hang(tmp_path):
     path.unlink()
     os.mkfifo(path)
     assert outcome(lambda: load_model(tmp_path)) is None
+
+
+@pytest.mark.slow
+def test_a_gguf_file_with_changed_bytes_is_read_or_refused_in_one_line(tmp_path):
+    pytest.importorskip("gguf")
+    from test_gguf import FAMILIES, their_model, transformers, write
+    family, options = FAMILIES["mistral window"]
+    path = tmp_path / "model.gguf"
+    write(path, their_model(transformers, family, **options))
+    good, rng, refused = path.read_bytes(), random.Random("gguf"), 0
+    n_header = good.index(b"blk.1.ffn_down") + 200         # names, numbers and sizes come first
+    for i in range(300):
+        bad = bytearray(good)
+        for _ in range(rng.choice((1, 1, 4))):
+            bad[rng.randrange(n_header)] = rng.choice((0, 1, 2, 255, rng.randrange(256)))
+        name = tmp_path / f"{i}.gguf"                      # files that were opened are remembered
+        name.write_bytes(bad)
+        refused += outcome(lambda: load_model(name)) is None
+        name.unlink()
+    assert 100 < refused < 300
