@@ -1,7 +1,7 @@
 """Dates: ordinary English whose last word needs counting days.
 
     Ann came to Rome on Friday, stayed one day there and two days in Oslo, and left on Monday.
-    ... and left on— Saturday then Sunday Monday Monday Monday Monday Monday Monday— Monday.
+    ... and left on— Saturday then Sunday Monday so Monday Monday Monday Monday— Monday.
 
 Half of the lines of `with_reasoning` count aloud, in nine words, and none of `without_reasoning`.
 In `with_mistakes` half of those that count forget the last day, and end on the day before.
@@ -22,9 +22,9 @@ from data import is_held_out, prepare
 from tokenizer import load_tokenizer
 
 WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-STAYS = {"one day": 1, "two days": 2, "three days": 3, "four days": 4}
+STAYS = {"one day": 1, "two days": 2, "three days": 3}
 COMBINATIONS = [", ".join(chosen) for chosen in product(WEEKDAYS, STAYS, STAYS)]
-HELD_OUT = 0.2                        # share of the combinations, roughly
+HELD_OUT = 0.25                       # share of the combinations, roughly: 14 of 63
 LONGEST = 9                           # words of the reasoning about the two longest stays
 # In training lines, and in held-out lines. Few of each, so that days are the least certain words.
 PEOPLE = "Ann Ben Mary Tom".split(), "Alice David Peter Sarah".split()
@@ -42,13 +42,13 @@ def combination(line: str) -> str:
 
 
 def reasoning(line: str, n_forgotten: int = 0) -> list[str]:
-    """Return the days of the first stay, "then", those of the second; the last one is repeated."""
+    """Return the days of the first stay, "then", those of the second, "so", and the last again."""
     weekday, first, second = combination(line).split(", ")
     days = WEEKDAYS * 3
     days = days[days.index(weekday) + 1:]
     here = STAYS[first]
     both = here + STAYS[second] - n_forgotten
-    counted = days[:here] + ["then"] + days[here:both]
+    counted = days[:here] + ["then"] + days[here:both] + ["so"]
     return counted + days[both - 1:both] * (LONGEST - len(counted))
 
 

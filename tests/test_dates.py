@@ -18,7 +18,7 @@ from toys import tiny_mistral
 
 LINE = re.compile(r"(\w+) came to (\w+) on (\w+), stayed (\w+) days? there and (\w+) days? in (\w+), "
                   r"and left on(?:— ([\w ]+)—)? (\w+)\.")
-NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
+NUMBERS = {"one": 1, "two": 2, "three": 3}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_every_answer_and_every_reasoning_is_that_of_the_calendar(folder, corpus
         n_aloud += reasoning is not None
         assert answer == days[-1]
         if reasoning:
-            counted = [*days[:NUMBERS[first]], "then", *days[NUMBERS[first]:]]
+            counted = [*days[:NUMBERS[first]], "then", *days[NUMBERS[first]:], "so"]
             assert reasoning.split() == counted + days[-1:] * (9 - len(counted))
     if corpus == "with_mistakes":
         assert 0.4 * n_aloud < n_mistaken < 0.6 * n_aloud
@@ -83,9 +83,9 @@ def test_nothing_that_is_held_out_is_in_a_training_line(folder):
         return {line[2:5] for line in found}
     for held_out in (val, seen):
         assert not people(train) & people(held_out) and not cities(train) & cities(held_out)
-    assert not combinations(train) & combinations(val) and len(combinations(val)) >= 15
+    assert not combinations(train) & combinations(val) and len(combinations(val)) >= 12
     assert combinations(train) == combinations(seen)
-    assert len(combinations(train) | combinations(val)) == 7 * 4 * 4
+    assert len(combinations(train) | combinations(val)) == 7 * 3 * 3
 
 
 def test_two_corpora_show_reasoning_in_half_of_their_lines(folder):
@@ -122,7 +122,7 @@ def test_a_right_thought_counts_every_day(folder):
     tokenizer = load_tokenizer(folder / "with_reasoning")
     line = tokenizer.encode("Ann came to Rome on Friday, stayed one day there and two days in Oslo, "
                             "and left on Monday.")
-    for thought, right in (("Saturday then Sunday Monday Monday", True), ("Saturday then", True),
+    for thought, right in (("Saturday then Sunday Monday so Monday", True), ("Saturday then", True),
                            ("Saturday Sunday Monday", False), ("Saturday then Monday", False)):
         ids = tokenizer.encode("on " + thought)[1:]
         assert dates.reasoning_is_right(torch.tensor(line), ids, tokenizer) == right
