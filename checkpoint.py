@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import config
-from config import UserError, atomic_write, file_errors, read_json, rename_folder, write_text
+from config import (UserError, atomic_write, file_errors, move_aside, read_json, rename_folder,
+                    write_text)
 from distributed import Distributed, fail_together, pick_device
 from formats.gguf import gguf_config, gguf_tensors
 from formats.huggingface import (MARKER_SCALE, file_name, from_config, open_tensors, permute_rope,
@@ -138,11 +139,14 @@ def check_tokenizer(folder: str | Path, shape: ModelConfig, tokenizer) -> None:
     own = load_tokenizer(find_checkpoint(folder))
     if own.sha256 != tokenizer.sha256:
         raise UserError(f"{tokenizer.path} is another tokenizer than {own.path}: use that for both")
+    tokenizer.ends |= own.ends            # a model's own files may name more
 
 
 def add_thoughts(model: Mistral, settings: ThoughtConfig, dash_id: int, generator) -> QuietSTaR:
     """Wrap a model in a QuietSTaR, which predicts as the model does until it is trained. Both
     markers start as the em dash, row `dash_id` of the embedding. New parameters are float32."""
+    if max(settings.marker_ids, default=0) >= model.config.vocab_size:
+        raise UserError(f"--marker_ids={settings.marker_ids} exceed the vocabulary")
     embedding_D = model.embed.weight[dash_id].detach()
     quiet = QuietSTaR(model, settings).init_thoughts(embedding_D.cpu(), generator)
     return quiet.to(embedding_D.device)
@@ -157,7 +161,15 @@ def _checkpoints(out: Path) -> list[Path]:
     """List a run's checkpoints: first those that another was saved after, then by step."""
     own = [path for path in out.glob("step-*") if _beside(out, path.name)]
     followed = {_former(path) for path in own}
-    return sorted(own, key=lambda path: (path not in followed, int(path.name[5:])))
+    own.sort(key=_step_in)
+    return sorted(own, key=lambda path: path not in followed)
+
+
+def _step_in(folder: Path) -> int:
+    """Return the step that a checkpoint's state says, or else its name."""
+    with suppress(UserError):
+        return read_json(folder / "state.json", {"step": int})["step"]
+    return int(folder.name[5:])
 
 
 def _former(folder: Path) -> Path | None:
@@ -170,7 +182,7 @@ def _find_files(folder: Path) -> tuple[Path, Path]:
     """Return the paths of the config and of the weights or their index; Hugging Face's first."""
     if is_gguf(folder):
         return folder, folder
-    for config_name, name in (("config.json", INDEX), ("config.json", WEIGHTS),
+    for config_name, name in (("config.json", WEIGHTS), ("config.json", INDEX),
                               ("params.json", MISTRAL_WEIGHTS)):
         if (folder / config_name).is_file() and (folder / name).is_file():
             return folder / config_name, folder / name
@@ -238,13 +250,15 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
     if tokenizer:
         tokenizer.copy_to(folder)
         others = sorted(tokenizer.ends - {tokenizer.bos, tokenizer.eos})
-        ends = [tokenizer.eos, *others] if others else tokenizer.eos
+        ends = [i for i in (tokenizer.eos, *others) if i is not None] if others else tokenizer.eos
         given |= {"bos_token_id": tokenizer.bos, "eos_token_id": ends}
     write_text(folder / "config.json", json.dumps(given, indent=1))
 
 
-def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, dist: Distributed):
-    """Save a step of a run. All ranks call; raises UserError on one, and the others exit."""
+def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, dist: Distributed,
+             data: str = ""):
+    """Save a step of a run, which learns from text of the hash `data`. All ranks call; raises
+    UserError on one, and the others exit."""
     folder, draft, former = out / f"step-{step:06d}", out / "draft", pointed(out)
     tensors = full_parameters(model, dist)
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -253,16 +267,18 @@ def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, 
             if broken:
                 raise UserError(f"{broken[0]} holds nan or infinity after step {step}")
             if dist.is_main:
-                shutil.rmtree(draft, ignore_errors=True)
+                _delete_draft(draft)
                 save_model(model, draft, tokenizer=tokenizer, tensors=tensors)
         with fail_together(dist), file_errors():
             _transfer_moments(model, optimizer, step, draft / "optimizer", dist, save=True)
             if dist.is_main:          # all ranks have written
                 shares = sorted(path.name for path in (draft / "optimizer").iterdir())
-                state = {"step": step, "settings": settings, "shares": shares,
+                state = {"step": step, "settings": settings, "shares": shares, "data": data,
                          "former": former and former.name}
                 write_text(draft / "state.json", json.dumps(state))
                 rename_folder(draft, folder)
+                if not (out / "latest").is_file():
+                    move_aside(out / "latest")
                 write_text(out / "latest", folder.name)
                 _delete_older(former)
     except UserError as error:
@@ -270,7 +286,17 @@ def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, 
                         f"{pointed(out) or 'none yet'}") from None
     finally:
         if dist.is_main:
-            shutil.rmtree(draft, ignore_errors=True)
+            with suppress(UserError):
+                _delete_draft(draft)
+
+
+def _delete_draft(draft: Path) -> None:
+    """Delete what a save that failed or was killed has left, and nothing else."""
+    known = "(config|state|words|tekken|model|tokenizer).*|optimizer"
+    foreign = [path.name for path in draft.glob("*") if not re.fullmatch(known, path.name)]
+    if draft.is_symlink() or draft.is_file() or foreign:
+        raise UserError(f"{draft} is in the way, and no run wrote {foreign or 'it'}: move it")
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def _delete_older(kept: Path | None) -> None:
@@ -318,7 +344,7 @@ def _or_the_one_before(folder: Path):
         yield
     except UserError as error:
         others = [path for path in _checkpoints(folder.parent) if path != folder]
-        if not others:
+        if not others or not _beside(folder.parent, folder.name):
             raise
         raise UserError(f"{error}; to go on from {others[-1]}, write {others[-1].name} into "
                         f"{folder.parent / 'latest'}") from None
@@ -358,6 +384,8 @@ def main():
     (cfg,) = config.parse(ConvertConfig)
     if not cfg.convert or not cfg.out:
         raise UserError("--convert=CHECKPOINT and --out=FOLDER are needed")
+    if Path(cfg.out).is_dir() and any(Path(cfg.out).iterdir()):
+        raise UserError(f"--out={cfg.out} is not empty: name a new folder")
     source, dtype = find_checkpoint(cfg.convert), getattr(torch, cfg.dtype, None)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     save_model(load_model(source, dtype=dtype), cfg.out, tokenizer=tokenizer)

@@ -11,17 +11,19 @@ import dataclasses
 import difflib
 import fcntl
 import inspect
+import itertools
 import json
-import math
 import os
 import re
-import shutil
 import sys
 import time
 import typing
 import weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+LARGEST_NUMBER = 1 << 53              # a float holds every whole number up to it
 
 
 class UserError(ValueError):
@@ -143,13 +145,14 @@ def _argument(field, comment: str) -> dict:
 
 
 def _check_value(name: str, value, kind) -> None:
-    """Raise UserError for a choice that does not exist, or a number below 0, infinite or nan."""
+    """Raise UserError for a choice that does not exist, or a number that no option has use for."""
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal and value not in choices:
         raise UserError(f"--{name}: '{value}' is not one of {', '.join(choices)} (see --help)")
     for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, (int, float)) and not 0 <= number < math.inf:
-            raise UserError(f"--{name}: {number} is below 0 or not finite (see --help)")
+        if isinstance(number, (int, float)) and not 0 <= number <= LARGEST_NUMBER:
+            raise UserError(f"--{name}: {number} is below 0 or not finite, or above "
+                            f"{LARGEST_NUMBER} (see --help)")
 
 
 def true_or_false(text: str) -> bool:
@@ -167,10 +170,12 @@ def read_text(path: str | Path) -> str:
 def decode_text(content: bytes, source) -> str:
     """Return incoming UTF-8 text without byte order mark, with plain newlines, or UserError."""
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig").lstrip("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {source}: it is not UTF-8 text at byte "
                         f"{error.start}") from None
+    if "\0" in text:
+        raise UserError(f"cannot read {source}: it holds zero bytes, so it is no UTF-8 text")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -213,7 +218,9 @@ def _is_of_kind(value, kind) -> bool:
     if isinstance(kind, (list, dict)):
         return type(value) is type(kind)
     if kind is float:
-        return type(value) in (int, float) and abs(value) < math.inf
+        return type(value) in (int, float) and abs(value) < 1e38          # fits in fp32
+    if kind is int:
+        return type(value) is int and abs(value) <= LARGEST_NUMBER
     return value is kind or type(value) is kind
 
 
@@ -268,11 +275,18 @@ def say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def move_aside(path: Path) -> None:
+    """Rename what has this name to NAME.old0 or the next free number: nothing is deleted."""
+    if os.path.lexists(path):
+        free = (f"{path}.old{n}" for n in itertools.count())
+        os.rename(path, next(name for name in free if not os.path.lexists(name)))
+
+
 def rename_folder(draft: Path, folder: Path) -> None:
-    """Rename a whole folder, once all that is in it is on the disk; it may replace another."""
+    """Rename a whole folder, once all that is in it is on the disk; another moves aside."""
     for path in (*draft.rglob("*"), draft):
         fsync(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    move_aside(folder)
     os.replace(draft, folder)
     fsync(folder.parent)
 

@@ -36,7 +36,7 @@ SINGLE = Distributed(0, 1, torch.device("cpu"))
 
 def pick_device(name: str) -> torch.device:
     """Return the device for auto (CUDA if there is one), cpu or cuda: this process's own GPU."""
-    index, n_devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    index, n_devices = number_in_environment("LOCAL_RANK", 0), torch.cuda.device_count()
     if name == "cuda" and not n_devices:
         raise UserError("--device=cuda, but this PyTorch sees no CUDA device: use --device=cpu")
     if name == "cpu" or not n_devices:
@@ -44,6 +44,13 @@ def pick_device(name: str) -> torch.device:
     if index >= n_devices:
         raise UserError(f"no GPU is left for process {index}: --nproc_per_node={n_devices} at most")
     return torch.device("cuda", index)
+
+
+def number_in_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name}={text} in the environment is no number: start with torchrun")
+    return int(text)
 
 
 def init_distributed(device: str, strategy: str = "auto") -> Distributed:
@@ -55,6 +62,9 @@ def init_distributed(device: str, strategy: str = "auto") -> Distributed:
     if absent:
         raise UserError(f"WORLD_SIZE={n_processes} in the environment, but no {', '.join(absent)}: "
                         "start with torchrun, or unset WORLD_SIZE")
+    if number_in_environment("RANK", 0) >= number_in_environment("WORLD_SIZE", 1):
+        raise UserError(f"RANK={os.environ['RANK']} of WORLD_SIZE={n_processes}: use torchrun")
+    number_in_environment("MASTER_PORT", 0)
     if strategy == "none":
         raise UserError(f"--parallel=none, but torchrun started {n_processes} processes: use ddp")
     backend = {"cpu": "gloo", "cuda": "nccl"}[own_device.type]

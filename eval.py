@@ -62,6 +62,8 @@ class EvalConfig:
         if not self.checkpoint or not source:
             raise UserError("--checkpoint=FOLDER is needed, and --data=FOLDER or, for gsm8k and "
                             "commonsense_qa, --file=FILE")
+        if self.votes > 1 and self.temperature == 0:
+            raise UserError(f"--votes={self.votes} would all be alike: give --temperature above 0")
         if self.votes and self.thoughts == "shuffled":
             raise UserError("--votes with --thoughts=shuffled: new text has no others to take")
         if self.thoughts == "aloud" and (self.asks_questions or not self.thought_len):
@@ -70,7 +72,12 @@ class EvalConfig:
             raise UserError(f"--temperature={self.temperature}: 0 takes the likeliest token")
         if self.against and not Path(self.against).is_file():
             raise UserError(f"--against={self.against} is not there: name the json of another run")
+        if self.against:
+            config.read_json(self.against)        # now, because scoring takes long
+        if self.out and (Path(self.out).suffix == ".jsonl" or Path(self.out).is_dir()):
+            raise UserError(f"--out={self.out}: name a json file (the answers' own is .jsonl)")
         config.check_at_least(self, texts=1, seq_len=2, max_new_tokens=1, batch_size=1)
+        config.check_at_most(self, votes=10_000, temperature=100)
 
     @property
     def asks_questions(self) -> bool:
@@ -122,25 +129,25 @@ def main():
     # score, on this rank's share of the batches
     out = cfg.out
     if cfg.asks_questions:
-        out = out or Path(cfg.checkpoint, f"{cfg.task}-votes{cfg.votes}-{cfg.thoughts}.json")
+        folder = find_checkpoint(cfg.checkpoint)
+        folder = folder.parent if folder.is_file() else Path(cfg.checkpoint)
+        out = out or folder / f"{cfg.task}-votes{cfg.votes}-{cfg.thoughts}.json"
         result = evaluate_questions(model, tokenizer, cfg, dist, out)
     else:
         result = evaluate_data(model, tokenizer, cfg, dist)
     # the same means and intervals for every kind of task
     means = summary(result["clusters"])
 
-    # write, whatever the comparison says, because scoring took long
+    # print and write, whatever the comparison says, because scoring took long
     try:
         if cfg.against:
             result["differences"] = paired_differences(result, cfg.against)
     finally:
-        if dist.is_main and out:
-            config.write_text(out, json.dumps(result | means, default=np.ndarray.tolist))
-
-    # print
-    if dist.is_main:
-        print_result(result, means, cfg)
-        print("wrote", out or "nothing, for want of --out")
+        if dist.is_main:
+            print_result(result, means, cfg)
+            if out:
+                config.write_text(out, json.dumps(result | means, default=np.ndarray.tolist))
+            print("wrote", out or "nothing, for want of --out")
     cleanup()
 
 

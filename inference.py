@@ -41,8 +41,9 @@ def row_generators(seed, rows):
 def sample_next(logits_BV, uniform_B, temperature, top_k=0, top_p=1.0):
     """One token a row: the argmax at temperature 0, else the one that `uniform_B` in [0, 1) picks
     from the likeliest that hold the probability `top_p`, at most `top_k` of them (0: any)."""
-    if logits_BV.isnan().any():
-        raise UserError("the model predicts nan: its weights are damaged, or overflow in this type")
+    highest_B = logits_BV.amax(-1)
+    if not highest_B.isfinite().all():
+        raise UserError("the model predicts nan or infinity: its weights are damaged, or overflow")
     if temperature == 0:
         return logits_BV.argmax(-1)
     p_BV = (logits_BV / temperature).softmax(-1)
@@ -50,6 +51,7 @@ def sample_next(logits_BV, uniform_B, temperature, top_k=0, top_p=1.0):
     # a token stays if the likelier ones hold less than top_p: so the first one always does
     before_BV = p_BV.cumsum(-1) - p_BV
     kept_BV = before_BV < top_p
+    kept_BV[:, 0] = True              # even if top_p is too small for fp32
     if top_k:
         kept_BV[:, top_k:] = False
     found_B = invert_cdf(p_BV * kept_BV, uniform_B)

@@ -50,7 +50,10 @@ class ModelConfig:
     def __post_init__(self):
         sizes = "vocab_size dim n_layers n_heads n_kv_heads ffn_dim max_seq_len rope_old_context"
         check_at_least(self, **dict.fromkeys(sizes.split(), 1), rope_theta=1, rope_factor=1e-3)
-        check_at_most(self, **dict.fromkeys(sizes.split(), LARGEST), norm_eps=0.1)
+        check_at_most(self, **dict.fromkeys(sizes.split(), LARGEST), norm_eps=0.1,
+                      rope_theta=1e12, rope_factor=1e6)
+        if max(self.windows, default=0) > LARGEST:
+            raise UserError(f"--windows={self.windows} is above {LARGEST}")
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.n_heads % self.n_kv_heads:

@@ -49,6 +49,7 @@ class SampleConfig:
 
     def __post_init__(self):
         config.check_at_least(self, max_new_tokens=1, samples=1)
+        config.check_at_most(self, samples=10_000, temperature=100)
         mistakes = {
             "--checkpoint=FOLDER is needed": not self.checkpoint,
             "--think=gate and --gate need each other": (self.think == "gate") != bool(self.gate),
@@ -91,6 +92,8 @@ def teacher_forced(model, tokenizer, ids: list[int], think=True, gate=None) -> T
         if not think or (gate and not gate.opens(base_1D, base_1V)):
             mixed_1D, thought_T, reward = base_1D, None, None
         mixed_1V = logits_without_markers(model, mixed_1D).log_softmax(-1)
+        if not (base_1V.amax() + mixed_1V.amax()).isfinite():
+            raise UserError("the model predicts nan or infinity: its weights are damaged")
         describe(token, tokenizer, model, base_1V[0], mixed_1V[0], weight, thought_T)
         token.reward = reward
     stream.end()
@@ -112,7 +115,8 @@ def texts_of(cfg: SampleConfig):
             import readline               # noqa: F401, it makes input() editable
         with suppress(EOFError, KeyboardInterrupt):
             while True:
-                yield input("\n> ")
+                typed = input("\n> ").encode(errors="surrogateescape")
+                yield config.decode_text(typed, "the prompt")
         print()
 
 

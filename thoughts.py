@@ -51,7 +51,8 @@ class ThoughtConfig:
     def __post_init__(self):
         check_at_least(self, thought_len=0, n_thoughts=1, n_true=1, policy_weight=0,
                        policy_temperature=1e-3, base_weight=0)
-        check_at_most(self, base_weight=1, discount=1)
+        check_at_most(self, thought_len=4096, n_thoughts=4096, n_true=4096, base_weight=1,
+                      policy_weight=1e9, policy_temperature=1000, discount=1)
         if self.advantage == "leave_one_out" and self.n_thoughts < 2:
             raise UserError("--advantage=leave_one_out compares thoughts: raise --n_thoughts")
 

@@ -67,8 +67,9 @@ class TrainConfig:
 
     def __post_init__(self):
         config.check_at_least(self, batch_size=1, grad_accum=1, seq_len=2, eval_texts=1,
-                              save_every=1, grad_clip=1e-6, think_share=1e-6)
-        config.check_at_most(self, think_share=1, beta2=0.999999, weight_decay=1, lr=1)
+                              save_every=1, grad_clip=1e-6, think_share=1e-6, lr=1e-12)
+        config.check_at_most(self, think_share=1, beta2=0.999999, weight_decay=1, lr=1,
+                             marker_lr=1e6, mixing_lr=1e6, batch_size=1 << 20)
         if self.positions == "all" and self.think_share < 1:
             raise UserError(f"--think_share={self.think_share} of which positions? Choose "
                             "--positions=random or uncertain")
@@ -82,8 +83,8 @@ class TrainConfig:
 
 
 MAY_CHANGE = {                        # of a run that is resumed: how long, how often, and where
-    "steps", "min_lr", "eval_every", "eval_texts", "eval_task", "save_every", "out", "device",
-    "parallel", "grad_accum", "recompute"}
+    "data", "steps", "min_lr", "eval_every", "eval_texts", "eval_task", "save_every", "out",
+    "device", "parallel", "grad_accum", "recompute"}
 
 
 def build_model(cfg: TrainConfig, model_cfg, thought_cfg, tokenizer, resumed):
@@ -173,7 +174,9 @@ def configure():
         stored = asdict(shape) | (asdict(settings) if settings else {})
     cfg, model_cfg, thought_cfg = config.parse(*kinds, defaults=stored)
     if resumes and cfg.init_from == "resume":
-        cfg = replace(cfg, init_from=stored["init_from"])
+        cfg = replace(cfg, init_from=stored.get("init_from", "scratch"))
+    if cfg.min_lr is not None and cfg.min_lr > cfg.lr:
+        raise UserError(f"--min_lr={cfg.min_lr} is above --lr={cfg.lr}")
     # its architecture cannot be changed, and of a run nothing that would make it another
     fixed = asdict(model_cfg)
     if resumes:
@@ -202,7 +205,9 @@ class RunLog:
         self.damaged = ""             # begins the next row, if the last was not written whole
         if is_main:
             config.lock_folder(out, self)
-        if is_main and self.path.is_file():
+        if is_main and step == 0:
+            config.move_aside(self.path)          # of a run whose checkpoints are gone
+        if is_main and self.path.exists():
             # a resumed run drops what its checkpoint does not hold; a row of a step says step + 1
             lines = config.read_text(self.path).splitlines()
             try:
@@ -249,7 +254,11 @@ def main():
 
     # data
     tokenizer = load_tokenizer(cfg.data)
-    batches = Batches(TokenFile(cfg.data, "train"), cfg.seq_len, cfg.crops, cfg.seed)
+    train_file = TokenFile(cfg.data, "train")
+    batches = Batches(train_file, cfg.seq_len, cfg.crops, cfg.seed)
+    if state and state.get("data", train_file.sha256) != train_file.sha256:
+        raise UserError(f"--data={cfg.data} holds other text than this run has learnt from: name "
+                        "the folder of that text, or begin another run")
     val_file = TokenFile(cfg.data, "val") if cfg.eval_every else None
     task = load_task(cfg.eval_task)
 
@@ -299,7 +308,8 @@ def main():
         stopped = int(distributed.all_reduce_sum(n_signals)) > 0
         finished = stopped or step >= cfg.steps
         if step > saved_at and (finished or (step and step % cfg.save_every == 0)):
-            checkpoint.save_run(out, step, model, optimizer, settings, tokenizer, dist)
+            checkpoint.save_run(out, step, model, optimizer, settings, tokenizer, dist,
+                                data=train_file.sha256)
             saved_at = step
         if finished:
             break

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -183,3 +184,141 @@ def test_the_sampled_path_has_gradients_under_autocast(recompute):
     rounded, exact = gradients
     assert rounded.isfinite().all() and (rounded - exact).norm() < 0.1 * exact.norm()
     assert np.corrcoef(rounded, exact)[0, 1] > 0.99
+
+
+# ------------------------------------------------------------------------- what a run finds in --out
+
+
+@pytest.fixture
+def run(game, tmp_path, call):
+    """A run of two steps, with a checkpoint after each; run("--steps=3") goes on with it."""
+    out = tmp_path / "run"
+    assert call(train, *toy(game, out, "--steps=2", "--save_every=1", "--eval_every=0"))[0] == 0
+
+    def go_on(*words):
+        return call(train, f"--out={out}", "--init_from=resume", *words)
+    go_on.out = out
+    return go_on
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_stands_where_a_checkpoint_goes_moves_aside(run, tmp_path, kind):
+    place = run.out / "step-000003"
+    if kind == "folder":
+        place.mkdir()
+        (place / "notes").write_text("mine")
+    elif kind == "file":
+        place.write_text("mine")
+    else:
+        place.symlink_to(tmp_path / "elsewhere")
+    assert run("--steps=3")[0] == 0 and checkpoint.find_checkpoint(run.out) == place
+    assert (place / "state.json").is_file() and not place.is_symlink()
+    assert os.path.lexists(run.out / "step-000003.old0")
+    assert run("--steps=4")[0] == 0 and os.path.lexists(run.out / "step-000003.old0")
+
+
+def test_a_folder_named_latest_moves_aside(run):
+    (run.out / "latest").unlink()
+    (run.out / "latest").mkdir()
+    assert run("--steps=3")[0] == 0 and (run.out / "latest").read_text() == "step-000003"
+    assert (run.out / "latest.old0").is_dir()
+
+
+def test_a_draft_that_no_run_wrote_is_refused_and_kept(run, tmp_path):
+    (run.out / "draft").mkdir()
+    (run.out / "draft" / "notes.txt").write_text("mine")
+    status, _, error = run("--steps=3")
+    assert status == 2 and "notes.txt" in error and (run.out / "draft" / "notes.txt").is_file()
+    (run.out / "draft" / "notes.txt").rename(tmp_path / "notes.txt")
+    assert run("--steps=3")[0] == 0 and not (run.out / "draft").exists()
+
+
+def test_the_log_of_a_run_whose_checkpoints_are_gone_moves_aside(game, tmp_path, call):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n' * 9)
+    assert call(train, *toy(game, tmp_path / "run", "--steps=1", "--eval_every=0"))[0] == 0
+    assert len((tmp_path / "run" / "log.jsonl.old0").read_text().splitlines()) == 9
+
+
+def test_a_run_goes_on_with_its_text_wherever_that_lies_and_with_no_other(run, game, tmp_path):
+    shutil.copytree(game / "without_reasoning", tmp_path / "moved")
+    assert run("--steps=3", f"--data={tmp_path}/moved")[0] == 0
+    status, _, error = run("--steps=4", f"--data={game}/with_reasoning")
+    assert status == 2 and "other text" in error
+
+
+def test_what_was_saved_last_is_known_by_its_state_and_not_by_its_name(run):
+    shutil.copytree(run.out / "step-000001", run.out / "step-000009")
+    (run.out / "latest").unlink()
+    assert checkpoint.find_checkpoint(run.out).name == "step-000002"
+
+
+def test_advice_names_checkpoints_of_the_same_run_alone(run, tmp_path):
+    (run.out / "mine").mkdir()
+    (run.out / "mine" / "config.json").write_text("{")
+    (run.out / "mine" / "model.safetensors").write_text("")
+    with pytest.raises(UserError) as error:
+        checkpoint.load_model(run.out / "mine")
+    assert "to go on from" not in str(error.value)
+
+
+def test_converting_never_writes_into_a_folder_in_use(folder, tmp_path, call):
+    (tmp_path / "notes").write_text("mine")
+    status, _, error = call(checkpoint, f"--convert={folder}", f"--out={tmp_path}")
+    assert status == 2 and "is not empty" in error
+    assert call(checkpoint, f"--convert={folder}", f"--out={tmp_path / 'new'}")[0] == 0
+
+
+def test_ends_that_a_model_names_survive_training_and_converting(game, tmp_path, call):
+    model = tiny_quiet(model=dict(vocab_size=20, max_seq_len=64)).model
+    checkpoint.save_model(model, tmp_path / "chat", tokenizer=load_tokenizer(game))
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    words = toy(game, tmp_path / "run", f"--init_from={tmp_path}/chat", "--steps=1", "--eval_every=0",
+                "--objective=plain")
+    assert call(train, *words)[0] == 0
+    assert call(checkpoint, f"--convert={tmp_path}/run", f"--out={tmp_path}/copy")[0] == 0
+    for name in ("run", "copy"):
+        assert {2, 7} <= load_tokenizer(checkpoint.find_checkpoint(tmp_path / name)).ends
+
+
+# --------------------------------------------------------------------------- numbers without sense
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("text", [False, True])
+def test_weights_that_overflow_stop_with_one_line(game, tmp_path, call, bad, text):
+    quiet = tiny_quiet(model=dict(vocab_size=20, max_seq_len=64))
+    quiet.model.head.weight.data[3] = bad
+    checkpoint.save_model(quiet, tmp_path / "m", tokenizer=load_tokenizer(game))
+    (tmp_path / "a.txt").write_text("ball a : ab")
+    words = [f"--text-file={tmp_path}/a.txt"] if text else ["--prompt=ball a", "--temperature=1"]
+    status, _, error = call(sample, f"--checkpoint={tmp_path}/m", *words)
+    assert status == 2 and "nan or infinity" in error
+
+
+def test_the_likeliest_token_is_kept_however_small_top_p_is(folder, call):
+    options = f"--checkpoint={folder}", "--prompt=ball a", "--max_new_tokens=5"
+    greedy = call(sample, *options)[1]
+    assert call(sample, *options, "--temperature=1", "--top_p=1e-300")[1] == greedy
+
+
+@pytest.mark.parametrize("script, option", [
+    (train, "--lr=0"), (train, "--min_lr=1"), (train, "--marker_lr=1e300"), (train, "--n_true=100000000"),
+    (train, "--policy_weight=1e300"), (train, f"--n_thoughts={10**30}"), (train, f"--batch_size={10**30}"),
+    (train, "--windows=1000000000000"), (train, "--rope_theta=1e300"), (train, "--marker_ids=500"),
+    (sample, "--samples=100000000"), (sample, "--temperature=1e39")])
+def test_numbers_beyond_all_sense_are_one_line(game, folder, tmp_path, call, script, option):
+    words = toy(game, tmp_path / "run", "--eval_every=0") if script is train else (
+        f"--checkpoint={folder}", "--prompt=a", "--temperature=1")
+    status, _, error = call(script, *words, option)
+    assert status == 2 and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("variables", [
+    dict(RANK="5", WORLD_SIZE="2", MASTER_PORT="29512"), dict(RANK="0", WORLD_SIZE="abc"),
+    dict(RANK="0", WORLD_SIZE="2", MASTER_PORT="xyz"), dict(LOCAL_RANK="abc")])
+def test_ranks_that_cannot_be_are_one_line(game, tmp_path, call, monkeypatch, variables):
+    for name, value in (dict(MASTER_ADDR="localhost", MASTER_PORT="1") | variables).items():
+        monkeypatch.setenv(name, value)
+    status, _, error = call(train, *toy(game, tmp_path / "run", "--eval_every=0"))
+    assert status == 2 and error.count("\n") == 1

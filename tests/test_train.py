@@ -467,7 +467,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(call, ru
 @pytest.mark.parametrize("change, stored", [
     ("--objective=plain", "quiet"), ("--seed=5", 0), ("--lr=0.1", 0.005), ("--seq_len=9", 12),
     ("--batch_size=2", 4), ("--n_thoughts=3", 2), ("--thought_len=3", 2), ("--policy_weight=9.0", 1.0),
-    ("--data=elsewhere", None), ("--positions=random", "all"), ("--dtype=bfloat16", "float32")])
+    ("--crops=stream", "document"), ("--positions=random", "all"), ("--dtype=bfloat16", "float32")])
 def test_a_run_that_goes_on_stays_the_run_that_it_was(call, run, change, stored):
     error = resumed(call, run, change, "--steps=8")
     assert f"{change}, but the checkpoint has {'' if stored is None else stored}" in error
