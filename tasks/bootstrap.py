@@ -140,7 +140,7 @@ def print_result(result: dict, means: dict, cfg) -> None:
             print(f"\nfrom the least to the greatest {by}\n" + format_bins(result[name]))
     if cfg.against:
         print(f"\ndifference from {cfg.against}, on the same {what}")
-        for name, value in result["differences"].items():
+        for name, value in result.get("differences", {}).items():
             print(f"{name:20s}{format_cell(value, signed=True)}")
 
 
@@ -167,6 +167,9 @@ class ResultsFile:
         for row in self.rows.values():
             sizes = {name: len(values) for name, values in row["scores"].items()}
             kinds.add(str(sizes))
+            least = min(sizes.values(), default=0)
+            if least == 0:
+                raise UserError(f"{path} has a row without scores: choose another --out")
         if len(kinds) > 1:
             raise UserError(f"{path} holds several kinds of rows: choose another --out")
 

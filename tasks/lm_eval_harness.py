@@ -9,6 +9,8 @@ none). A likelihood is that of eval.py: only the scored positions think. docs/RE
 to read the questions of a task from a file instead of a download.
 Left out on purpose: chat templates, top_p and top_k, several processes, --batch_size=auto.
 """
+import math
+import sys
 from collections import defaultdict
 from importlib.util import find_spec
 
@@ -22,11 +24,13 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from checkpoint import find_checkpoint, load_for_inference
-from config import Progress, UserError, run
+from config import Progress, UserError, check_json, run
 from inference import complete, cut_at
 from scoring import answer_logits, thinks
 from thoughts import base_model
 from tokenizer import load_tokenizer
+
+OPTIONS = {"until": (None, str, [str]), "do_sample": (None, bool), "temperature": float}
 
 
 @register_model("quiet_star")
@@ -36,6 +40,8 @@ class QuietStarLM(TemplateLM):
         super().__init__()
         if thoughts not in ("own", "shuffled", "none"):
             raise UserError(f"thoughts={thoughts} is not one of own, shuffled, none")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise UserError(f"batch_size={batch_size} is not a whole number of 1 or more")
         self.thoughts = thoughts
         self.batch_size = int(batch_size)
         self.text_tokenizer = load_tokenizer(find_checkpoint(checkpoint))
@@ -54,6 +60,8 @@ class QuietStarLM(TemplateLM):
     def prefix_token_id(self) -> int:
         """Id that stands before a text which has nothing before it."""
         bos = self.text_tokenizer.bos
+        if bos is None and self.eot_token_id is None:
+            raise UserError("a text is empty, and the tokenizer has no bos or eos to begin it with")
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens=None, **_) -> list[int]:
@@ -83,6 +91,9 @@ class QuietStarLM(TemplateLM):
                     logp_S1 = logp_SV.gather(1, target_S[:, None])
                     is_greedy = (logp_SV.argmax(-1) == target_S).all()
                     answers[i] = float(logp_S1.sum()), bool(is_greedy)
+        if not all(math.isfinite(logp) for logp, _ in answers):
+            raise UserError("a log-likelihood is nan or infinite: the weights are damaged, or "
+                            "overflow in this type, or the text holds the marker of a thought")
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
@@ -100,8 +111,9 @@ class QuietStarLM(TemplateLM):
         """Continue each text up to the first of its stop strings, which is left out."""
         if self.thoughts == "shuffled":
             raise UserError("thoughts=shuffled: text that is being generated has none to shuffle")
-        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        prompts = [self.tok_encode(r.args[0]) or [self.prefix_token_id] for r in requests]
         requests_of = defaultdict(list)
+        rooms = []                                # of answers that are cut
         for i, request in enumerate(requests):
             stops, temperature, most = self._options(request.args[1])
             room = self.max_length - len(prompts[i])
@@ -109,6 +121,11 @@ class QuietStarLM(TemplateLM):
                 raise UserError(f"a prompt of {len(prompts[i])} tokens leaves no room for an "
                                 f"answer in a context of {self.max_length}")
             requests_of[stops, temperature, min(most, room)].append(i)
+            if room < most:
+                rooms.append(room)
+        if rooms:
+            print(f"max_gen_toks is cut to the room that {len(rooms)} long prompts leave, "
+                  f"{min(rooms)} tokens or more", file=sys.stderr)
         texts = [""] * len(requests)
         for (stops, temperature, max_new_tokens), numbers in requests_of.items():
             numbers.sort(key=lambda i: -len(prompts[i]))
@@ -131,6 +148,10 @@ class QuietStarLM(TemplateLM):
 
     def _options(self, options):
         """Return stop strings, temperature (0 takes the likeliest token) and tokens at most."""
+        check_json({"temperature": 0} | options, OPTIONS, "generation_kwargs of the task")
+        temperature = options.get("temperature", 0)
+        if temperature and not 0.01 <= temperature <= 100:
+            raise UserError(f"temperature={temperature} is neither 0 nor from 0.01 to 100")
         options = normalize_gen_kwargs(options)
         stops = tuple(filter(None, options.pop("until")))     # every text would end with ""
         default = options.pop("do_sample")             # True is temperature 1

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import find_checkpoint
-from config import Progress, UserError
+from config import Progress, UserError, check_json
 from data import read_rows
 from distributed import fail_together
 from inference import complete
@@ -39,8 +39,15 @@ CONCLUSION = {
     "gsm8k": "\nTherefore, the answer (arabic numerals) is",                 # the official code's
     "commonsense_qa": "\nTherefore, among A through E, the answer is"}       # arXiv 2205.11916
 CONCLUSION_TOKENS = 12                    # the official code's
-NUMBER = r"[-−+]?\s?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]*\.?[0-9]+)"
+DASHES = "-\u2212\u2013\uff0d\u2010\u2011\ufe63"     # a minus; the em dash is none
+NUMBER = (                                # whole, or none: not the 1 of 1,00 or 1/2 or 1e3
+    rf"(?<![0-9])(?<![0-9][.,/eE])(?<![0-9][eE][{DASHES}+])(?:[-−+]\s?|[{DASHES}])?\$?"
+    r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    rf"(?![.,/]?[0-9]|[eE][{DASHES}+]?[0-9])")
 VOTE_PATTERN = {"gsm8k": NUMBER, "commonsense_qa": r"\b[A-E]\b"}
+CHOICES = {                               # as published; as the datasets library has it
+    "question": ({"stem": str, "choices": [{"label": str, "text": str}]}, str),
+    "choices": (None, {"label": [str], "text": [str]})}
 
 
 @dataclass
@@ -83,20 +90,25 @@ def _gsm8k(row):
     _, marker, answer = row["answer"].rpartition("####")
     if not marker or not answer.strip():
         raise UserError("no '####' answer")
-    return "Q: " + row["question"], answer, number_in(answer)
+    gold = number_in(answer)
+    if not re.fullmatch(NUMBER, gold):
+        raise UserError(f"the answer {gold[:60]!r} is not a number: leave the row out")
+    return "Q: " + row["question"], answer, gold
 
 
 def _commonsense_qa(row):
+    check_json(row, CHOICES, "row")
     question, key = row["question"], row.get("answerKey")
-    if isinstance(question, dict):        # as published; else as the datasets library has it
-        choices = [(choice["label"], choice["text"]) for choice in question["choices"]]
+    if isinstance(question, dict):
+        labels = [choice["label"] for choice in question["choices"]]
+        texts = [choice["text"] for choice in question["choices"]]
         question = question["stem"]
     else:
-        choices = list(zip(row["choices"]["label"], row["choices"]["text"]))
-    labels = [label for label, _ in choices]
-    if labels != [*LETTERS] or key not in labels:
-        raise UserError(f"answerKey {key} of choices {labels} (test has no answers, use dev)")
-    lines = [f"({label}) {text}" for label, text in choices]
+        labels, texts = row["choices"]["label"], row["choices"]["text"]
+    if labels != [*LETTERS] or key not in labels or len(texts) != len(labels):
+        raise UserError(f"{len(texts)} texts, and answerKey {key} of choices {labels} (test has no "
+                        "answers, use dev)")
+    lines = [f"({label}) {text}" for label, text in zip(labels, texts)]
     return "\n".join(["Q: " + question, *lines]), " " + key, key
 
 
@@ -108,7 +120,7 @@ def number_in(text):
     # of any length, so as text: no zeros at either end, no sign of zero
     whole, _, fraction = re.sub(r"[^0-9.]", "", text).partition(".")
     number = f"{whole.lstrip('0') or 0}.{fraction.rstrip('0')}".rstrip(".")
-    is_negative = text[0] in "-−" and number != "0"
+    is_negative = text[0] in DASHES and number != "0"
     return "-" + number if is_negative else number
 
 
@@ -242,6 +254,21 @@ def count_votes(task, gold, said):
     return votes, scores
 
 
+def fingerprint(checkpoint):
+    """Hash 16 MB of each of its files, from the first byte to the last, because 14 GB take long."""
+    found, digest = find_checkpoint(checkpoint), hashlib.sha256()
+    names = "config.json", "params.json", "*.safetensors"
+    files = [path for name in names for path in sorted(found.glob(name))]
+    for path in files or [found]:             # a GGUF file
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for start in np.linspace(0, max(0, size - 2**20), 16, dtype=int):
+                file.seek(start)
+                digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
 def evaluate_questions(model, tokenizer, cfg, dist, out):
     """Ask this rank's share of the questions; return the settings and the measures by question.
     Each answer is a line of a jsonl beside `out`, and is not asked again."""
@@ -249,10 +276,9 @@ def evaluate_questions(model, tokenizer, cfg, dist, out):
     sha256 = hashlib.sha256(Path(cfg.file).read_bytes()).hexdigest()
     dataset_id = dict(task=cfg.task, sha256=sha256, questions=len(questions))
     # Everything that an answer depends on, but for the question.
-    files = sorted(find_checkpoint(cfg.checkpoint).glob("*.safetensors"))
     settings = dict(
         dataset_id=dataset_id,
-        weights=[path.stat().st_mtime_ns for path in files],
+        weights=fingerprint(cfg.checkpoint), tokenizer=tokenizer.sha256,
         thoughts=cfg.thoughts, votes=cfg.votes,
         thought_len=model.config.thought_len if thinks(model, cfg.thoughts) else 0)
     if cfg.votes:                         # these decide the text
@@ -277,17 +303,18 @@ def evaluate_questions(model, tokenizer, cfg, dist, out):
             results.add(rows)
             progress(len(batch) * dist.world_size)
     found = ResultsFile(results.path, settings).rows
-    if len(found) < len(questions):
-        raise UserError(f"{results.path} has {len(found)} of {len(questions)} questions: some rank "
+    numbers = sorted(question.number for question in questions)
+    rows = [found[number] for number in numbers if number in found]
+    if len(rows) < len(questions):
+        raise UserError(f"{results.path} has {len(rows)} of {len(questions)} questions: some rank "
                         "did not finish; the same command goes on")
     # The measures by question, and the base after temperature scaling.
-    clusters = {"count": np.ones(len(found))}
+    clusters = {"count": np.ones(len(rows))}
     temperatures = {}
-    rows = [found[number] for number in sorted(found)]
     for name in rows[0]["scores"]:
         value_QK = np.array([row["scores"][name] for row in rows])
         clusters[name] = value_QK[:, 0]
-        if value_QK.shape[1] > 1:
+        if value_QK.shape[1] == len(TEMPERATURES):
             clusters[name] = value_QK[:, UNSCALED]
             measure = name.removesuffix("_base")
             clusters[f"{measure}_scaled"], temperatures[measure] = temperature_scaled(

@@ -109,13 +109,15 @@ def test_results_of_the_same_clusters_are_compared_pair_by_pair_and_others_refus
 
 def test_a_results_file_keeps_whole_lines_and_refuses_those_of_other_settings(tmp_path):
     path, settings = tmp_path / "new" / "results.jsonl", dict(task="gsm8k", votes=3)
-    first = bootstrap.ResultsFile(path, settings)
-    first.add([dict(number=n, said=said, scores={}) for n, said in ((7, "a\nb\u2028"), (2, "c"))])
+    first, right = bootstrap.ResultsFile(path, settings), dict(exact_base=[1.0])
+    first.add([dict(number=n, said=said, scores=right)
+               for n, said in ((7, "a\nb\u2028"), (2, "c"))])
     with open(path, "a") as file:
         file.write('{"number": 9, "said": "cut')                          # killed in mid-line
     second = bootstrap.ResultsFile(path, settings)
     assert list(second.rows) == [7, 2] and second.rows[7]["said"] == "a\nb\u2028"
-    second.add([dict(number=n, said=said, scores={}) for n, said in ((7, "again"), (9, "d"))])  # 7 is there already
+    second.add([dict(number=n, said=said, scores=right)
+                for n, said in ((7, "again"), (9, "d"))])                 # 7 is there already
     third = bootstrap.ResultsFile(path, settings)
     assert [row["said"] for row in third.rows.values()] == ["a\nb\u2028", "c", "d"]
     with pytest.raises(UserError, match="made with {'votes': 3}: choose another"):
@@ -141,7 +143,9 @@ def test_bins_run_from_the_least_to_the_greatest_and_hold_every_token(by):
     assert len(lines) == 11 and f"{rows[9]['gain']:+.4f} [{low:+.4f}, {high:+.4f}]" in lines[10]
 
 
-@pytest.mark.parametrize("line", ['{"number": 1}', '{"question": "Q"}', "3", "[1]", "null"])
+@pytest.mark.parametrize("line", ['{"number": 1}', '{"question": "Q"}', "3", "[1]", "null",
+                                  '{"number": 1, "settings": {}, "scores": {}}',
+                                  '{"number": 1, "settings": {}, "scores": {"nll_base": []}}'])
 def test_a_file_of_other_rows_is_refused_and_kept(tmp_path, line):
     path = tmp_path / "q.jsonl"
     path.write_text(line)

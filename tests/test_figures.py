@@ -104,6 +104,15 @@ def test_a_table_has_means_extremes_and_the_interval_over_the_texts_of_all_runs(
     assert shown in out.splitlines()[-1] and "| thinking | 3 |" in out
 
 
+def test_there_is_no_interval_over_other_texts_or_over_none():
+    def result(count, dataset_id=None):
+        return dict(dataset_id=dataset_id, clusters=dict(count=count, right=count))
+    assert figures.interval_over_texts([result([1.0, 1.0])] * 2, "right") == " [1.000, 1.000]"
+    for results in ([result([])], [result([0.0, 0.0])], [result([1.0], {"task": "a"}),
+                                                         result([1.0], {"task": "b"})]):
+        assert figures.interval_over_texts(results, "right") == ""
+
+
 def test_a_mistake_is_one_line(call):
     status, _, stderr = call(figures, "--kind=pie")
     assert status == 2 and "'pie' is not one of mask" in stderr and stderr.count("\n") == 1

@@ -9,6 +9,7 @@ import torch
 import sample
 import scoring
 from checkpoint import load_for_inference, save_model
+from config import UserError
 from data import TokenFile
 from tokenizer import load_tokenizer
 from tools import gate
@@ -120,6 +121,15 @@ def test_a_gate_of_a_probe_scores_the_state_alone():
     base_RD, probe_D = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.ones(4)
     opened = Gate(0.5, probe_D, 0.25).opens(base_RD, None)
     assert opened.tolist() == [float(state_D.sum()) + 0.25 >= 0.5 for state_D in base_RD]
+
+
+@pytest.mark.parametrize("value, words", [
+    ("nan", "0 nats or more"), ("-5", "0 nats or more"), ("-inf", "0 nats or more"),
+    ("x" * 300, "name too long")])
+def test_a_threshold_is_0_nats_or_more(value, words):
+    with pytest.raises(UserError, match=f"(?i){words}"):
+        read_gate(value, None)
+    assert read_gate("inf", None).threshold == float("inf") and read_gate("0", None).threshold == 0
 
 
 def test_a_mistake_is_one_line(call, checkpoint, game, tmp_path):

@@ -119,6 +119,48 @@ def test_an_empty_stop_string_stops_nothing_and_a_prompt_is_never_cut(school):
         said("many words " * lm.max_length, until=[], max_gen_toks=4)
 
 
+def test_an_empty_text_begins_with_bos_else_eos_else_it_is_refused(school, monkeypatch):
+    lm = lm_eval_harness.QuietStarLM(f"{school}/quiet")
+    asked = requests(("", dict(until=[], max_gen_toks=3)))
+    begun = lm.generate_until(asked)
+    encode, bos = type(lm.text_tokenizer).encode, lm.text_tokenizer.bos
+    monkeypatch.setattr(type(lm.text_tokenizer), "encode",
+                        lambda tokenizer, text, bos=False: encode(tokenizer, text))
+    monkeypatch.setattr(lm.text_tokenizer, "bos", None)
+    monkeypatch.setattr(lm.text_tokenizer, "eos", bos)
+    assert lm.generate_until(asked) == begun
+    monkeypatch.setattr(lm.text_tokenizer, "eos", None)
+    with pytest.raises(UserError, match="no bos or eos"):
+        lm.generate_until(asked)
+
+
+def test_likelihoods_that_are_no_numbers_are_refused(school):
+    lm = lm_eval_harness.QuietStarLM(f"{school}/plain")
+    lm.quiet.head.weight.data[:] = float("nan")
+    with pytest.raises(UserError, match="a log-likelihood is nan or infinite"):
+        lm.loglikelihood(requests(("A", " B")))
+
+
+@pytest.mark.parametrize("options", [
+    *[dict(temperature=t) for t in (None, "abc", -1, float("nan"), float("inf"), 0.001, 101, True)],
+    *[dict(until=until) for until in (5, [5], [None], {})],
+    *[dict(do_sample=do_sample) for do_sample in (1, "yes", [])]])
+def test_generation_options_of_another_kind_are_one_line(school, options):
+    lm = object.__new__(lm_eval_harness.QuietStarLM)
+    with pytest.raises(UserError, match=next(iter(options))):
+        lm._options(options)
+    assert lm._options(dict(until="a", do_sample=True)) == (("a",), 1.0, 256)
+
+
+def test_an_answer_that_is_cut_to_the_room_says_so(school, capsys):
+    lm = lm_eval_harness.QuietStarLM(f"{school}/plain")
+    lm.max_length = 12
+    lm.generate_until(requests(*[("The baker", dict(until=[], max_gen_toks=most))
+                                 for most in (1, 90, 95)]))
+    told = capsys.readouterr().err
+    assert "cut to the room that 2 long prompts leave" in told and told.count("\n") == 1
+
+
 LOCAL_TASK = """include: {library}/tasks/{spec}
 task: {task}
 dataset_path: json
@@ -167,6 +209,9 @@ def test_a_mistake_is_one_line(school):
         shuffled.generate_until([])
     with pytest.raises(UserError, match="thoughts=mine is not one of own, shuffled, none"):
         lm_eval_harness.QuietStarLM(f"{school}/quiet", thoughts="mine")
+    for size in ("auto", 1.5, 0, -1, "", None):
+        with pytest.raises(UserError, match="is not a whole number of 1 or more"):
+            lm_eval_harness.QuietStarLM(f"{school}/quiet", batch_size=size)
     with pytest.raises(UserError, match="an answer of 600 tokens does not fit"):
         shuffled._loglikelihood_tokens([(None, [1], [3] * 600)])
     done = subprocess.run([sys.executable, "-m", "tasks.lm_eval_harness", "run", "--model",

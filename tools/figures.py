@@ -100,10 +100,14 @@ def interval_over_texts(results, column):
     """Return the 95 % interval of the mean over runs, "" if they did not score the same texts."""
     sums, counts = [], []
     for result in results:
-        sums.append(result["clusters"].get(column, []))
-        counts.append(result["clusters"].get("count", []))
+        clusters = result["clusters"]
+        sums.append(clusters.get(column, []))
+        counts.append(clusters.get("count", []))
+    texts = {str(result.get("dataset_id")) for result in results}
     sizes = set(map(len, sums + counts))
-    if len(sizes) > 1:
+    if len(sizes) > 1 or 0 in sizes:
+        return ""
+    if np.min(counts) <= 0 or len(texts) > 1:
         return ""
     interval = bootstrap_ci(np.sum(sums, 0), np.sum(counts, 0))
     return " [{low:.3f}, {high:.3f}]".format(**interval)

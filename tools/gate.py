@@ -50,10 +50,15 @@ class Gate:
 def read_gate(value, quiet):
     """Return a gate from a threshold of the entropy in nats, or from a file that --out wrote."""
     try:
-        return Gate(float(value))
+        threshold = float(value)
     except ValueError:
-        found = config.read_json(value, {
-            "threshold": float, "bias": float, "probe": [float], "end_thought": [float]})
+        with config.file_errors():
+            found = config.read_json(value, {
+                "threshold": float, "bias": float, "probe": [float], "end_thought": [float]})
+    else:
+        if not threshold >= 0:
+            raise UserError(f"--gate={value} is no threshold: give 0 nats or more, or a file")
+        return Gate(threshold)
     # the end marker identifies the checkpoint; on a GPU it is rounded to bfloat16
     marker_D = quiet.end_thought.float().cpu()
     own_D = torch.tensor(found["end_thought"])
