@@ -233,6 +233,8 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
     for name in {INDEX, WEIGHTS, MISTRAL_WEIGHTS} - {entry}:
         if (folder / name).exists():
             raise UserError(f"{folder} holds another checkpoint ({name}): choose an empty folder")
+    if tokenizer:
+        tokenizer.copy_to(folder)
     file_of = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if entry == INDEX else WEIGHTS
@@ -248,17 +250,14 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         write_text(folder / INDEX, json.dumps(index))
     if tokenizer:
-        tokenizer.copy_to(folder)
         others = sorted(tokenizer.ends - {tokenizer.bos, tokenizer.eos})
         ends = [i for i in (tokenizer.eos, *others) if i is not None] if others else tokenizer.eos
         given |= {"bos_token_id": tokenizer.bos, "eos_token_id": ends}
     write_text(folder / "config.json", json.dumps(given, indent=1))
 
 
-def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, dist: Distributed,
-             data: str = ""):
-    """Save a step of a run, which learns from text of the hash `data`. All ranks call; raises
-    UserError on one, and the others exit."""
+def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, dist, data=""):
+    """Save a step of a run on text of hash `data`. All ranks call; UserError on one ends all."""
     folder, draft, former = out / f"step-{step:06d}", out / "draft", pointed(out)
     tensors = full_parameters(model, dist)
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -277,9 +276,7 @@ def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, 
                          "former": former and former.name}
                 write_text(draft / "state.json", json.dumps(state))
                 rename_folder(draft, folder)
-                if not (out / "latest").is_file():
-                    move_aside(out / "latest")
-                write_text(out / "latest", folder.name)
+                _point_to(out / "latest", folder)
                 _delete_older(former)
     except UserError as error:
         raise UserError(f"cannot save to {out}: {error}; last good: "
@@ -288,6 +285,13 @@ def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, 
         if dist.is_main:
             with suppress(UserError):
                 _delete_draft(draft)
+
+
+def _point_to(pointer: Path, folder: Path) -> None:
+    """Write a run's `latest`."""
+    if not pointer.is_file():
+        move_aside(pointer)
+    write_text(pointer, folder.name)
 
 
 def _delete_draft(draft: Path) -> None:

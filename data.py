@@ -23,11 +23,11 @@ import torch
 
 from config import (UserError, atomic_write, check_at_most, decode_text, file_errors, parse,
                     read_json, run, write_text)
-from tokenizer import load_tokenizer
+from tokenizer import MAX_VOCAB, has_tokenizer, load_tokenizer, read_tokenizer_file
 
 MAX_LINE = 256 << 20                  # bytes
 META = {"dtype": str, "vocab_size": int, "eos": (None, int), "sources": [str],
-        "n_tokens": {"train": int, "val": int}}          # what is used of a meta.json
+        "tokenizer_sha256": str, "n_tokens": {"train": int, "val": int}}       # used of meta.json
 # Random numbers come from generators keyed by (seed, purpose, ...), so there is no state to save.
 # Windows of text and thoughts add (step, row), generated text adds the row, weights add nothing.
 RNG_BATCHES, RNG_THOUGHTS, RNG_WEIGHTS, RNG_SAMPLING = 1, 2, 3, 4
@@ -48,6 +48,7 @@ def read_texts(paths, fields):
             except (KeyError, TypeError):
                 raise UserError(f"{path}:{number}: --field={','.join(names)} does not name texts "
                                 f"of {str(row)[:99]}") from None
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
             yield text.encode(errors="replace").decode()       # JSON can hold half a surrogate
 
 
@@ -125,11 +126,13 @@ def prepare(texts, tokenizer, out, val_share, sources, split_key=str):
             for split in filter(parts.get, parts):
                 files[split].write(np.array(parts[split], dtype))
                 lengths[split].append(len(parts[split]))
+        if not first:
+            raise UserError(f"{', '.join(sources)}: no text, so {out} stays as it is: give more")
+        tokenizer.copy_to(out)
         (out / "meta.json").unlink(missing_ok=True)             # the files it describes go now
     for split, of_split in lengths.items():
         with atomic_write(out / f"{split}.idx.npy") as path, open(path, "wb") as file:
             np.save(file, np.cumsum([0, *of_split], dtype=np.uint64))
-    tokenizer.copy_to(out)
     meta = dict(dtype=dtype, vocab_size=tokenizer.vocab_size, bos=tokenizer.bos,
                 eos=tokenizer.eos, tokenizer_sha256=tokenizer.sha256, sources=sources,
                 n_tokens={split: sum(lengths[split]) for split in lengths},
@@ -148,7 +151,12 @@ class TokenFile:
             if self.meta["dtype"] not in ("uint16", "uint32"):
                 raise ValueError(f"dtype {self.meta['dtype']} is neither uint16 nor uint32")
             self.dtype = np.dtype(self.meta["dtype"])
-            self.offsets = np.load(Path(folder, f"{split}.idx.npy"), mmap_mode="r")
+            index = Path(folder, f"{split}.idx.npy")
+            if not index.is_file():          # a pipe would never end
+                raise ValueError(f"{index} is no file")
+            self.offsets = np.lib.format.open_memmap(index, mode="r")
+            if self.offsets.ndim != 1 or self.offsets.dtype not in (np.uint64, np.int64):
+                raise ValueError(f"{index} is not a row of whole numbers")
             stored = self.path.stat().st_size / self.dtype.itemsize
             if not 0 < stored == self.offsets[-1] == self.n_tokens:
                 raise UserError(f"{self.path} has {stored} tokens, its index {self.offsets[-1]}, "
@@ -157,10 +165,22 @@ class TokenFile:
                 raise ValueError("its index does not rise from 0")
             if not 0 <= (self.meta["eos"] or 0) < self.meta["vocab_size"]:
                 raise ValueError(f"eos {self.meta['eos']} is no token")
+            if has_tokenizer(folder):
+                _, content = read_tokenizer_file(Path(folder))
+                if hashlib.sha256(content).hexdigest() != self.meta["tokenizer_sha256"]:
+                    raise ValueError("its tokenizer is another than that of its tokens")
         except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
             raise UserError(f"{folder} holds no whole {split} split ({error}): prepare it again "
                             "(data.py), if it is empty with another --val_share") from None
         self.n_docs = len(self.offsets) - 1
+
+    @property
+    def sha256(self):
+        """Return a hash of the text: where documents begin, and the first and last million tokens.
+        """
+        n = min(self.n_tokens, 1 << 20)
+        parts = self.offsets, self.read(0, n), self.read(self.n_tokens - n, self.n_tokens)
+        return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
 
     def document(self, i):
         """Return the tokens of document i."""
@@ -215,14 +235,14 @@ class DataConfig:
     vocab_size: int = 1024            # tokens of the new tokenizer; 259 are bytes and specials
 
     def __post_init__(self):
-        check_at_most(self, val_share=1)
+        check_at_most(self, val_share=1, vocab_size=MAX_VOCAB)
 
 
 def main():
     (cfg,) = parse(DataConfig)
     given = {bool(cfg.tokenizer), bool(cfg.out), not cfg.train_tokenizer}
-    if not cfg.input or len(given) > 1:
-        raise UserError("needs --input, and --tokenizer with --out, or --train_tokenizer alone")
+    if not cfg.input or not cfg.field or len(given) > 1:
+        raise UserError("needs --input, --field, and --tokenizer with --out, or --train_tokenizer")
     texts = read_texts(cfg.input, cfg.field)
     if cfg.train_tokenizer:
         with atomic_write(cfg.train_tokenizer) as path:

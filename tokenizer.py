@@ -14,11 +14,12 @@ import re
 import unicodedata
 from pathlib import Path
 
+import regex                          # tiktoken's own dependency
 import sentencepiece
 import tiktoken
 
 from config import UserError, atomic_write, check_json, read_json
-from formats.gguf import gguf_tokenizer
+from formats.gguf import gguf_ends, gguf_tokenizer
 
 TOKENIZER_FILES = "tokenizer.model tokenizer.model.v3 tekken.json tokenizer.json words.json".split()
 # GPT-2's expression between single digits, in one: white space before a digit stays whole.
@@ -60,7 +61,10 @@ class Tokenizer:
         return Stream(self)
 
     def copy_to(self, folder):
-        """Write the file into `folder`, under a name that `load_tokenizer` finds there."""
+        """Write the file into `folder`, under a name that `load_tokenizer` finds there first."""
+        for name in TOKENIZER_FILES:
+            if name != self.name and Path(folder, name).exists():
+                raise UserError(f"{folder} holds another tokenizer, {name}: choose another folder")
         with atomic_write(Path(folder, self.name)) as temporary:
             temporary.write_bytes(self.content)
 
@@ -116,7 +120,9 @@ class TiktokenTokenizer(Tokenizer):
     def __init__(self, spec):
         self.name = "tekken.json" if "config" in spec else "tokenizer.json"
         read = _tekken if "config" in spec else _byte_level
-        regex, ranks, special, bos, eos = read(spec)
+        pattern, ranks, special, bos, eos = read(spec)
+        if not all(match[0] for match in regex.finditer(pattern, self.sample, timeout=2)):
+            raise ValueError(f"its expression {pattern[:60]!r} matches empty text")
         known = {i: piece for piece, i in ranks.items()} | special
         n = max(known) + 1
         if n > MAX_VOCAB or min(known) < 0 or len(known) < len(ranks) + len(special):
@@ -125,14 +131,14 @@ class TiktokenTokenizer(Tokenizer):
         # SmolLM2 lacks 21 of the 256 bytes, but tiktoken needs all of them. Ids beyond the
         # vocabulary stand in and are then dropped, as `tokenizers` leaves such bytes out.
         absent = {bytes([b]): n + b for b in range(256) if bytes([b]) not in ranks}
-        self.encoding = tiktoken.Encoding("bpe", pat_str=regex, mergeable_ranks=ranks | absent,
+        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks | absent,
                                           special_tokens={})
         self.normalizer = spec.get("normalizer")      # None, or NFC: e + accent becomes é (Qwen2)
 
     def _encode(self, text):
         if self.normalizer:
             text = unicodedata.normalize("NFC", text)
-        if re.search(rf"\s{{{MANY_BLANKS}}}", text):
+        if re.search(rf"(?<!\s)\s{{{MANY_BLANKS}}}", text):      # tried once in each run of them
             raise UserError(f"a text of {len(text)} characters has {MANY_BLANKS} blanks in a row, "
                             "more than tiktoken takes: shorten them")
         return [i for i in self.encoding.encode_ordinary(text) if i < self.vocab_size]
@@ -169,10 +175,10 @@ def is_gguf(path) -> bool:
     return Path(path).suffix == ".gguf"
 
 
-def _read_file(path: Path):
+def read_tokenizer_file(path: Path):
     """Return the path and the content of a tokenizer's file, the first of a folder. A vocabulary
     in a GGUF file is written as tokenizer.json; if it is not byte-level, one beside it serves."""
-    if is_gguf(path):
+    if is_gguf(path) and path.is_file():
         spec = gguf_tokenizer(path)
         if spec:
             return path, json.dumps(spec).encode()
@@ -181,14 +187,16 @@ def _read_file(path: Path):
                             f"model's {' or '.join(TOKENIZER_FILES[:4])} beside it")
         path = path.parent
     path = next(filter(Path.exists, [path / name for name in TOKENIZER_FILES]), path)
+    if path.exists() and not path.is_file():                 # a pipe would never end
+        raise OSError(0, f"{path.name} is not a file")
     return path, path.read_bytes()
 
 
 def load_tokenizer(path) -> Tokenizer:
     """Load a file, or the first of a folder. Raises UserError if it is damaged or loses text."""
-    path = Path(path)
+    given = path = Path(path)
     try:
-        path, content = _read_file(path)
+        path, content = read_tokenizer_file(path)
         kind, spec = SentencePieceTokenizer, content
         if path.suffix in (".json", ".gguf"):
             spec = json.loads(content)
@@ -197,9 +205,9 @@ def load_tokenizer(path) -> Tokenizer:
         if tokenizer.decode(tokenizer.encode(tokenizer.sample)) != tokenizer.sample:
             raise ValueError("plain text comes back changed")
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): name one of "
+        raise UserError(f"cannot read {path} ({error.strerror or error}): name one of "
                         f"{', '.join(TOKENIZER_FILES)}, or a folder that holds one") from None
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, regex.error) as error:
         raise UserError(f"{path} is no tokenizer of a known kind ({error}): download it again if "
                         "it is truncated or a git-lfs pointer, or else another of the model's "
                         f"{', '.join(TOKENIZER_FILES[:4])}") from None
@@ -209,6 +217,10 @@ def load_tokenizer(path) -> Tokenizer:
     for own in (path.parent / "config.json", path.parent / "generation_config.json"):
         found = read_json(own, ENDS).get("eos_token_id") if own.exists() else None
         tokenizer.ends |= {found} if isinstance(found, int) else set(found or ())
+    if is_gguf(given):
+        tokenizer.ends |= gguf_ends(given)
+    if not all(0 <= end < MAX_VOCAB for end in tokenizer.ends):
+        raise UserError(f"{given}: eos_token_id {tokenizer.ends} is no token: repair config.json")
     return tokenizer
 
 
@@ -225,12 +237,16 @@ def _tekken(spec):
     """Return regular expression, {bytes: id}, {special id: bytes}, bos, eos."""
     settings = spec["config"]
     check_json(settings, TEKKEN, "config")
-    n_special = min(settings["default_num_special_tokens"], MAX_VOCAB)      # these come first
+    n_special = settings["default_num_special_tokens"]                      # these come first
     n = settings["default_vocab_size"] - n_special          # the file lists more than models use
+    if min(n, n_special) < 0 or n + n_special > MAX_VOCAB:
+        raise ValueError(f"{n_special} special tokens and {n} others, of {MAX_VOCAB} at most")
     entries = spec["vocab"][:n]
     if [entry["rank"] for entry in entries] != list(range(n)):
         raise ValueError(f"vocab does not begin with {n} entries in the order of their ranks")
     ranks = {base64.b64decode(entry["token_bytes"]): n_special + entry["rank"] for entry in entries}
+    if len(ranks) < n:
+        raise ValueError("some token_bytes repeat")
     special = dict.fromkeys(range(n_special), b"")
     return settings["pattern"], ranks, special, 1, 2
 
@@ -241,13 +257,13 @@ def _byte_level(spec):
     match shape:
         case [None | {"type": "NFC"}, {"pretokenizers": [
                 {"type": "Split", "behavior": "Isolated", "invert": False,
-                 "pattern": {"Regex": regex}},
+                 "pattern": {"Regex": pattern}},
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}, "BPE"]:
             pass
         case [None | {"type": "NFC"}, {"pretokenizers": [
                 {"type": "Digits", "individual_digits": True},
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}, "BPE"]:
-            regex = _ONE_DIGIT
+            pattern = _ONE_DIGIT
         case _:
             raise ValueError(f"normalizer, pre_tokenizer and model are {shape}")
     check_json(spec, BYTE_LEVEL, "tokenizer.json")
@@ -265,6 +281,9 @@ def _byte_level(spec):
     if list(ids) != sorted(ids):
         raise ValueError("merges are not in the order of their ids, and tiktoken's are")
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    lost = [piece for piece in vocab.keys() & added.keys() if len(piece) == 1]
+    if lost:
+        raise ValueError(f"the added token {lost[0]!r} is a letter of plain text")
     special = {token["id"]: b"" if token["special"] else token["content"].encode()
                for token in spec["added_tokens"]}
     # GPT-2's alphabet spells bytes: printable ones as themselves, the others from chr(256) on.
@@ -282,4 +301,4 @@ def _byte_level(spec):
     ranks = {bytes(map(byte.get, piece)): i for piece, i in vocab.items() if piece not in no_text}
     bos = added.get("<|begin_of_text|>", added.get("<s>"))
     eos = added.get("<|endoftext|>", added.get("<|end_of_text|>", added.get("</s>")))
-    return regex, ranks, special, bos, eos
+    return pattern, ranks, special, bos, eos

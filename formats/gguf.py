@@ -161,6 +161,14 @@ def gguf_tensors(path: Path) -> dict[str, QuantisedTensor]:
     return tensors
 
 
+def gguf_ends(path: Path) -> set[int]:
+    """Return the ids that end a text, where the file names them."""
+    with readable(path):
+        _, given, _ = _opened(path)
+        names = {f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot")}
+        return {int(given[name]) for name in names & given.keys()}
+
+
 def gguf_tokenizer(path: Path) -> dict | None:
     """Return the vocabulary as a tokenizer.json spells it; None if it is of an unknown kind."""
     with readable(path):

@@ -135,8 +135,8 @@ def _mistral_windows(given: dict, path: Path) -> tuple[int, ...]:
     """Return the windows of the layers in turn, 0 for none: a number, a list, or either as text."""
     value = given.get("sliding_window") or given.get("_sliding_window")
     words = re.sub(r"\b(None|null)\b", "0", str(value)).strip("[]").split(",")
-    if not all(word.strip().isdecimal() for word in words):
-        raise UserError(f"{path}: sliding_window is {value!r}: neither numbers nor null")
+    if not all(re.fullmatch(r"\s*\d{1,9}\s*", word) for word in words):
+        raise UserError(f"{path}: sliding_window is {str(value)[:60]!r}: write numbers or null")
     return tuple(map(int, words))
 
 

@@ -2,6 +2,7 @@
 import datetime
 import gzip
 import json
+import os
 import sys
 import tracemalloc
 from types import SimpleNamespace
@@ -101,6 +102,11 @@ def test_a_txt_file_is_one_document_whatever_its_blank_lines(tmp_path):
     assert list(data.read_texts([f"{tmp_path}/a.txt"], ("answer",))) == ["one\n\n\ntwo\n"]
 
 
+def test_newlines_in_a_row_are_plain_as_in_a_txt_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one\r\ntwo\rthree\n"}))
+    assert list(data.read_texts([f"{tmp_path}/a.jsonl"], ("text",))) == ["one\ntwo\nthree\n"]
+
+
 def test_parquet_is_read_like_jsonl(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.Table.from_pylist([{"text": "one", "n": 1}, {"text": "two", "n": 2}])
@@ -165,6 +171,30 @@ def test_a_prepare_killed_over_an_older_one_leaves_it_whole_or_no_meta_json(tmp_
     with pytest.raises(ValueError):
         folder_of(tmp_path, ["4 5", "6 and no number"])
     assert data.TokenFile(tmp_path, "train").document(0).tolist() == [1, 2, 3, 0]
+
+
+def test_no_text_at_all_is_refused_and_leaves_the_former_corpus(tmp_path):
+    folder_of(tmp_path, ["1 2 3"])
+    with pytest.raises(UserError, match=f"a test: no text, so {tmp_path} stays as it is"):
+        folder_of(tmp_path, [" ", "\n"])
+    assert data.TokenFile(tmp_path, "train").document(0).tolist() == [1, 2, 3, 0]
+
+
+def test_a_folder_never_holds_another_tokenizer_than_that_of_its_tokens(tmp_path):
+    """A second name once stayed beside the first, which then read the second's tokens."""
+    words, folder = {"words": ["a", "b"], "bos": None, "eos": None}, tmp_path / "out"
+    (tmp_path / "words.json").write_text(json.dumps(words))
+    tokenizer = data.load_tokenizer(tmp_path)
+    data.prepare(["a b"], tokenizer, folder, 0.0, [])
+    (folder / "words.json").write_text(json.dumps(words | {"words": ["b", "a"]}))
+    with pytest.raises(UserError, match="its tokenizer is another .*: prepare it again"):
+        data.TokenFile(folder, "train")
+    data.prepare(["a b"], tokenizer, folder, 0.0, [])
+    former = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tokenizer.name = "tokenizer.json"
+    with pytest.raises(UserError, match="holds another tokenizer, words.json: choose another"):
+        data.prepare(["b"], tokenizer, folder, 0.0, [])
+    assert former == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # ---------------------------------------------------------------------- tokens on disk to batches
@@ -294,6 +324,30 @@ def test_an_index_of_other_tokens_is_refused(tmp_path):
         data.TokenFile(tmp_path / "tokens", "train")
 
 
+@pytest.mark.parametrize("index", [
+    np.array([0.0, 4.0]), np.array([[0], [4]], np.uint64), np.array([0, 4], object),
+    np.array([0, 4], np.uint8), np.array(4), "pipe", "archive"])
+def test_an_index_that_is_no_row_of_whole_numbers_is_refused(tmp_path, index):
+    path = prepared(tmp_path) / "train.idx.npy"
+    path.unlink()
+    if isinstance(index, np.ndarray):
+        np.save(path, index)
+    elif index == "pipe":                                       # reading it would never end
+        os.mkfifo(path)
+    else:
+        with open(path, "wb") as file:
+            np.savez(file, np.array([0, 4]))
+    with pytest.raises(UserError, match="no whole train split .*: prepare it again"):
+        data.TokenFile(tmp_path / "tokens", "train")
+
+
+def test_a_vocabulary_without_tokens_is_refused(tmp_path):
+    path = folder_of(tmp_path, ["1 2 3"], eos=None) / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 0}))
+    with pytest.raises(UserError, match="no whole train split .*: prepare it again"):
+        data.TokenFile(tmp_path, "train")
+
+
 def test_windows_that_cannot_be_cut_are_refused(tmp_path):
     folder = prepared(tmp_path)
     with pytest.raises(UserError, match="train.bin has 4 tokens, one window needs 5"):
@@ -307,7 +361,9 @@ def test_windows_that_cannot_be_cut_are_refused(tmp_path):
     "--input=a.txt --tokenizer=words.json", "--input=a.txt --train_tokenizer=new --out=out",
     "--input=a.txt --tokenizer=words.json --out=words.json/under",
     "--input=missing.jsonl --tokenizer=words.json --out=out",
-    "--input=a.txt --tokenizer=missing.json --out=out"])
+    "--input=a.txt --tokenizer=missing.json --out=out",
+    "--input=a.txt --tokenizer=words.json --out=out --field=",
+    f"--input=a.txt --train_tokenizer=new --vocab_size={10**30}"])
 def test_a_user_mistake_is_one_line_and_exit_status_2(tmp_path, monkeypatch, capsys, options):
     (tmp_path / "words.json").write_text('{"words": ["a"], "bos": null, "eos": null}')
     (tmp_path / "a.txt").write_text("a")

@@ -1,5 +1,6 @@
 """Several processes learn what one learns, and nothing is lost when some of them die."""
 import itertools
+import hashlib
 import json
 import os
 import random
@@ -191,6 +192,9 @@ def test_ranks_that_disagree_stop_at_once_and_say_on_what(game, tmp_path):
     words = json.loads((game / "without_reasoning" / "words.json").read_text())
     words["words"] = words["words"][::-1]
     (tmp_path / "vocabulary" / "words.json").write_text(json.dumps(words))
+    meta = json.loads((tmp_path / "vocabulary" / "meta.json").read_text())
+    meta["tokenizer_sha256"] = hashlib.sha256(json.dumps(words).encode()).hexdigest()
+    (tmp_path / "vocabulary" / "meta.json").write_text(json.dumps(meta))
 
     def pair(*words):
         both = [*MODEL, *TOY, f"--data={game}/without_reasoning", f"--out={tmp_path}/run"]

@@ -11,6 +11,7 @@ import checkpoint
 from checkpoint import load_model, read_config
 from config import UserError
 from formats.gguf import MODULES, NUMBERS, SPLITS, _opened
+from formats.huggingface import _mistral_windows
 from inference import complete
 from test_checkpoint import SIZES, assert_same_parameters, logits, their_model
 from test_tokenizer import DATA, LINES, TEXTS, train_byte_level
@@ -170,6 +171,24 @@ def test_the_vocabulary_in_a_file_gives_the_ids_of_the_library(pre, tmp_path):
     for text in LINES[:20] + TEXTS:
         assert ours.encode(text) == own.encode(text, add_special_tokens=False).ids
     assert ours.decode([len(own.get_vocab())]).startswith("<|")          # unused: no text
+
+
+def test_a_text_ends_where_the_file_says_so_too(tmp_path):
+    own = vocabulary(json.loads(train_byte_level("smollm2").to_str()), "smollm")
+    ends = {"tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.eot_token_id": 7}
+    model = their_model(transformers, "Llama", vocab_size=700)
+    assert load_tokenizer(write(tmp_path / "a.gguf", model, metadata=own)).ends == {0}
+    assert load_tokenizer(write(tmp_path / "b.gguf", model, metadata=own | ends)).ends == {0, 1, 7}
+    bad = write(tmp_path / "c.gguf", model, metadata=own | {"tokenizer.ggml.eos_token_id": "end"})
+    with pytest.raises(UserError, match="cannot read .*c.gguf as GGUF"):
+        load_tokenizer(bad)
+
+
+def test_a_window_of_thousands_of_digits_is_one_short_line():
+    assert _mistral_windows({"sliding_window": "[4096, None]"}, Path("params.json")) == (4096, 0)
+    with pytest.raises(UserError, match="sliding_window is '999.*: write numbers") as error:
+        _mistral_windows({"sliding_window": "9" * 5000}, Path("params.json"))
+    assert len(str(error.value)) < 150
 
 
 def test_a_file_converts_to_a_folder_that_is_the_same(tmp_path, call):

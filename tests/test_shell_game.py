@@ -101,6 +101,11 @@ def test_the_corpora_are_those_of_the_published_numbers(tmp_path):
     assert found == dict(with_reasoning="4afcce95c018db85", without_reasoning="b68f78503e71e51e")
 
 
+def test_no_lines_are_refused_before_anything_is_written(tmp_path, call):
+    status, _, error = call(shell_game, f"--out={tmp_path}", "--lines=0")
+    assert status == 2 and "--lines=0 is below 1" in error and not list(tmp_path.iterdir())
+
+
 def test_the_candidates_are_the_five_cups(folder):
     tokenizer = load_tokenizer(folder)
     assert [tokenizer.decode([i]) for i in shell_game.candidates(tokenizer)] == list("abcde")

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import time
 import unicodedata
 from pathlib import Path
 
@@ -266,6 +267,14 @@ def test_a_text_ends_where_the_models_own_files_say_so_too(made, tmp_path, confi
     assert load_tokenizer(tmp_path).ends == {1, 2} | ends
 
 
+@pytest.mark.parametrize("end", [-1, [2, -1], 999_999_999_999])
+def test_an_end_that_is_no_token_is_refused(made, tmp_path, end):
+    (tmp_path / "tokenizer.model").write_bytes(made("v1").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(dict(eos_token_id=end)))
+    with pytest.raises(UserError, match="eos_token_id .* is no token: repair config.json"):
+        load_tokenizer(tmp_path)
+
+
 def test_bytes_that_a_vocabulary_lacks_are_left_out_as_the_library_leaves_them_out(tmp_path):
     own = train_byte_level("smollm2", alphabet=[*map(chr, range(33, 127)), "Ġ", "Ċ", "ĉ"])
     own.save(str(tmp_path / "tokenizer.json"))
@@ -391,6 +400,56 @@ def test_a_damaged_tekken_is_refused(tmp_path, damage, message):
     damage(spec)
     (tmp_path / "tekken.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match=f"tekken.json.*{message}"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(default_vocab_size=10**30), "default_vocab_size"),
+    (dict(default_num_special_tokens=-10**30), "default_num_special_tokens"),
+    (dict(default_vocab_size=10**9), "at most"), (dict(default_vocab_size=5), "at most"),
+    (dict(default_num_special_tokens=10**9), "at most"),
+    (dict(default_num_special_tokens=-10**9), "at most"),
+    (dict(pattern=""), "'' matches empty text"),
+    (dict(pattern=r"\p{L}*|\s|."), "matches empty text"),
+    (dict(pattern="("), "no tokenizer of a known kind"),
+    (None, "some token_bytes repeat")])
+def test_settings_of_a_tekken_that_would_end_the_program_are_refused(tmp_path, change, message):
+    """Some took all memory; an empty match ended in a panic, which is no Exception."""
+    spec = tekken_file()
+    spec["config"] |= change or {}
+    if change is None:
+        spec["vocab"][257]["token_bytes"] = spec["vocab"][256]["token_bytes"]
+    (tmp_path / "tekken.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=message) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_many_blanks_in_a_long_text_take_no_time(made):
+    tokenizer, text = load_tokenizer(made("tekken")), "a" + " " * 100_000 + "b c" * 170_000
+    start = time.monotonic()
+    assert tokenizer.decode(tokenizer.encode(text)) == text        # 11 s when it was quadratic
+    assert time.monotonic() - start < 4
+    with pytest.raises(UserError, match="has 400000 blanks in a row"):
+        tokenizer.encode("a" + "\n" * 400_000)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json", "words.json", "model.gguf"])
+def test_a_pipe_in_place_of_a_tokenizer_does_not_hang(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for path in (tmp_path / name, tmp_path)[:1 if name == "model.gguf" else 2]:
+        with pytest.raises(UserError, match=f"cannot read {path} .{name} is not a file"):
+            load_tokenizer(path)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_that_takes_a_letter_away_is_refused(made, tmp_path, special):
+    spec = json.loads(made("qwen2").read_text())
+    letter = "Ã"                                                   # the byte 0xc3, as of "é"
+    added = spec["added_tokens"][0] | dict(content=letter, special=special)
+    spec["added_tokens"].append(added | {"id": spec["model"]["vocab"][letter]})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="the added token 'Ã' is a letter of plain text"):
         load_tokenizer(tmp_path)
 
 
