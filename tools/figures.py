@@ -118,7 +118,8 @@ def table(cfg):
     print("| | runs | " + " | ".join(TABLE_MEASURES) + " |")
     print("|---" * (len(TABLE_MEASURES) + 2) + "|")
     for name, results in by_name(cfg.input).items():
-        cells = [name, str(len(results))]
+        shown = config.printable(name)
+        cells = [shown, str(len(results))]
         for column in TABLE_MEASURES:
             values = [result[column]["mean"] for result in results if column in result]
             cell = f"{np.mean(values):.3f}" if values else ""
