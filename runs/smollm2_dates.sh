@@ -1,8 +1,8 @@
 #!/bin/sh
 # A real language model learns to think, on two CPU cores: `make dates`. The text is ordinary English
 # whose last word needs counting days (tasks/dates.py); chance is one weekday in seven. 12 minutes
-# where the processor multiplies bf16, 20 (an estimate) where not; 6 GB of memory. A stage whose
-# output exists is skipped, and one that was stopped goes on.
+# where the processor multiplies bf16, 20 where not, estimated from its steps; 5 GB of memory. A stage
+# whose output exists is skipped, and one that was stopped goes on.
 set -e
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" SEED="${SEED:-0}"
@@ -15,14 +15,14 @@ mkdir -p $out/json
 # Data: lines with and without reasoning (2 seconds)
 [ -f data/dates/seen_combinations/meta.json ] || python -m tasks.dates
 
-# 1. A base that reasons aloud in half of the lines, and right in about half of these (2 minutes)
+# 1. A base that reasons aloud in half of the lines (5 minutes)
 [ -d $out/base-$SEED/step-000120 ] || python train.py --objective=plain --seed=$SEED \
   --init_from="$(from $out/base-$SEED out/SmolLM2-135M)" --out=$out/base-$SEED --dtype=$DTYPE \
   --data=data/dates/with_reasoning --steps=120 --batch_size=16 --seq_len=36 --lr=2e-4 \
   --min_lr=2e-5 --warmup=5 --weight_decay=0 --eval_every=0 --save_every=40
 
 # 2. Quiet-STaR on lines without any reasoning: the two positions where the base is least certain
-#    think (10 minutes)
+#    think (6 minutes)
 [ -d $out/thinking-$SEED/step-000036 ] || python train.py --seed=$SEED \
   --init_from="$(from $out/thinking-$SEED $out/base-$SEED)" --out=$out/thinking-$SEED \
   --dtype=$DTYPE --data=data/dates/without_reasoning --steps=36 --batch_size=16 --grad_accum=2 \
@@ -33,7 +33,7 @@ mkdir -p $out/json
 
 # 3. A thought, and 500 held-out lines scored without and with thoughts (1 minute)
 python sample.py --checkpoint=$out/thinking-$SEED --show-thoughts --max_new_tokens=1 \
-  --prompt="Alice came to Oslo on Friday, stayed four days there and three days in Cairo, and left on"
+  --prompt="Alice came to Oslo on Friday, stayed three days there and two days in Cairo, and left on"
 for name in base thinking; do
   [ -f $out/json/$SEED-$name.json ] || python eval.py --checkpoint=$out/$name-$SEED --texts=500 \
     --data=data/dates/without_reasoning --task=dates --seq_len=26 --batch_size=50 \
