@@ -9,6 +9,7 @@ out on purpose: executing anything, and files of settings: a preset is a command
 import argparse
 import dataclasses
 import difflib
+import errno
 import fcntl
 import inspect
 import itertools
@@ -21,7 +22,6 @@ import typing
 import weakref
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
 
 LARGEST_NUMBER = 1 << 53              # a float holds every whole number up to it
 
@@ -106,7 +106,12 @@ def run(main) -> None:
         if [int(n) for n in re.findall("[0-9]+", version)[:2]] < [2, 11]:
             raise UserError(f"torch {version} is older than 2.11: install a newer one")
         main()
-    except UserError as error:
+        print(end="", flush=True)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno != errno.ENOSPC:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # a full device is not tried again
         print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(2)
 
@@ -151,8 +156,7 @@ def _check_value(name: str, value, kind) -> None:
         raise UserError(f"--{name}: '{value}' is not one of {', '.join(choices)} (see --help)")
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, (int, float)) and not 0 <= number <= LARGEST_NUMBER:
-            raise UserError(f"--{name}: {number} is below 0 or not finite, or above "
-                            f"{LARGEST_NUMBER} (see --help)")
+            raise UserError(f"--{name}: {number} is below 0 or not finite, or too large")
 
 
 def true_or_false(text: str) -> bool:
@@ -197,9 +201,8 @@ def parse_json(text: str, shape, name):
 
 
 def check_json(value, shape, name) -> None:
-    """Raise UserError unless a value has this shape: a type; [shape] for a list; a dict with the
-    shapes of the keys that are used, or {str: shape} for all; a tuple of any of these, and None
-    where a key may be absent."""
+    """Raise UserError unless a value has this shape: a type, [shape], {key: shape} of the keys in
+    use, {str: shape} of all, or a tuple of these, with None where it may be absent."""
     kinds = shape if isinstance(shape, tuple) else (shape,)
     fitting = [kind for kind in kinds if _is_of_kind(value, kind)]
     if not fitting:

@@ -158,6 +158,13 @@ def test_a_closed_stream_is_no_traceback(folder, closed):
         assert b"standard input is closed: give --prompt" in done.stderr
 
 
+def test_a_full_device_is_one_line(folder):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "sample.py", f"--checkpoint={folder}", "--prompt=a"],
+                              cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"No space" in done.stderr
+
+
 def test_an_old_torch_is_one_line(monkeypatch, capsys):
     for version, status in (("2.10.1+cu128", 2), ("1.13.0", 2), ("2.11.0a0+git", 0), ("3.0", 0)):
         monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__version__=version))
