@@ -27,8 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import config
-from config import (UserError, atomic_write, file_errors, move_aside, read_json, rename_folder,
-                    write_text)
+from config import UserError, atomic_write, file_errors, read_json, rename_folder, write_text
 from distributed import Distributed, fail_together, pick_device
 from formats.gguf import gguf_config, gguf_tensors
 from formats.huggingface import (MARKER_SCALE, file_name, from_config, open_tensors, permute_rope,
@@ -69,7 +68,7 @@ def pointed(out: Path) -> Path | None:
 
 def _beside(out: Path, name) -> Path | None:
     """Return a run's checkpoint of this name, None if it is no such name, or not there."""
-    is_name = isinstance(name, str) and re.fullmatch("step-[0-9]+", name)
+    is_name = re.fullmatch("step-[0-9]+", name or "")
     return out / name if is_name and (out / name).is_dir() else None
 
 
@@ -103,7 +102,8 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = tor
             settings = thought_config or stored_config
             model = QuietSTaR(base, replace(settings, marker_ids=stored_config.marker_ids))
     if shape.tied:
-        embed, head = (tensors.get(file_name(n, layout)) for n in ("embed.weight", "head.weight"))
+        names = [file_name(name, layout) for name in ("embed.weight", "head.weight")]
+        embed, head = map(tensors.get, names)
         if embed and head and not torch.equal(embed.read(None, "cpu"), head.read(None, "cpu")):
             raise UserError(f"{path}: tie_word_embeddings is true, but the head in the file is not "
                             "the embedding: write false if the head is meant")
@@ -161,21 +161,20 @@ def _checkpoints(out: Path) -> list[Path]:
     """List a run's checkpoints: first those that another was saved after, then by step."""
     own = [path for path in out.glob("step-*") if _beside(out, path.name)]
     followed = {_former(path) for path in own}
-    own.sort(key=_step_in)
-    return sorted(own, key=lambda path: path not in followed)
+    return sorted(own, key=lambda path: (path not in followed, _state_of(path)["step"]))
 
 
-def _step_in(folder: Path) -> int:
-    """Return the step that a checkpoint's state says, or else its name."""
+def _state_of(folder: Path) -> dict:
+    """Return a checkpoint's `step` by its state, else by its name, and the name of the `former`."""
+    state = {"step": int(folder.name[5:])}
     with suppress(UserError):
-        return read_json(folder / "state.json", {"step": int})["step"]
-    return int(folder.name[5:])
+        state |= read_json(folder / "state.json", {"step": int, "former": (None, str)})
+    return state
 
 
 def _former(folder: Path) -> Path | None:
     """Return the checkpoint that the run saved before this one, if it is still there."""
-    with suppress(UserError):
-        return _beside(folder.parent, read_json(folder / "state.json").get("former"))
+    return _beside(folder.parent, _state_of(folder).get("former"))
 
 
 def _find_files(folder: Path) -> tuple[Path, Path]:
@@ -276,7 +275,7 @@ def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, 
                          "former": former and former.name}
                 write_text(draft / "state.json", json.dumps(state))
                 rename_folder(draft, folder)
-                _point_to(out / "latest", folder)
+                write_text(out / "latest", folder.name)
                 _delete_older(former)
     except UserError as error:
         raise UserError(f"cannot save to {out}: {error}; last good: "
@@ -285,13 +284,6 @@ def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, 
         if dist.is_main:
             with suppress(UserError):
                 _delete_draft(draft)
-
-
-def _point_to(pointer: Path, folder: Path) -> None:
-    """Write a run's `latest`."""
-    if not pointer.is_file():
-        move_aside(pointer)
-    write_text(pointer, folder.name)
 
 
 def _delete_draft(draft: Path) -> None:

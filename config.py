@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import hashlib
 import inspect
 import itertools
 import json
@@ -183,10 +184,29 @@ def decode_text(content: bytes, source) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def check_regular(path: str | Path) -> None:
+    """Raise UserError for a pipe or a device, which might never end, in a file's place."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is not a file: move it")
+
+
+def sampled_sha256(paths) -> str:
+    """Hash 16 MB of each file, from its first byte to its last, because 14 GB take long."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for i in range(16):
+                file.seek(i * max(0, size - 2**20) // 15)
+                digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
 def read_json(path: str | Path, shape=dict):
     """Read a JSON file of this shape (see `check_json`). Raises UserError."""
-    if Path(path).exists() and not Path(path).is_file():     # a pipe would never end
-        raise UserError(f"{path} is not a file")
+    check_regular(path)
     return parse_json(read_text(path), shape, path)
 
 

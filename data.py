@@ -21,8 +21,8 @@ import numpy as np
 import sentencepiece
 import torch
 
-from config import (UserError, atomic_write, check_at_most, decode_text, file_errors, parse,
-                    read_json, run, write_text)
+from config import (UserError, atomic_write, check_at_most, check_regular, decode_text,
+                    file_errors, parse, read_json, run, sampled_sha256, write_text)
 from tokenizer import MAX_VOCAB, has_tokenizer, load_tokenizer, read_tokenizer_file
 
 MAX_LINE = 256 << 20                  # bytes
@@ -71,7 +71,7 @@ def _rows(path):
     """Yield the rows of a file, and None for a blank line."""
     opener = gzip.open if path.endswith(".gz") else open
     with opener(path, "rb") as file:
-        if path.endswith(".txt"):
+        if path.lower().endswith(".txt"):
             yield {"text": decode_text(file.read(), path)}
             return
         if path.endswith(".parquet"):
@@ -152,8 +152,7 @@ class TokenFile:
                 raise ValueError(f"dtype {self.meta['dtype']} is neither uint16 nor uint32")
             self.dtype = np.dtype(self.meta["dtype"])
             index = Path(folder, f"{split}.idx.npy")
-            if not index.is_file():          # a pipe would never end
-                raise ValueError(f"{index} is no file")
+            check_regular(index)
             self.offsets = np.lib.format.open_memmap(index, mode="r")
             if self.offsets.ndim != 1 or self.offsets.dtype not in (np.uint64, np.int64):
                 raise ValueError(f"{index} is not a row of whole numbers")
@@ -176,11 +175,8 @@ class TokenFile:
 
     @property
     def sha256(self):
-        """Return a hash of the text: where documents begin, and the first and last million tokens.
-        """
-        n = min(self.n_tokens, 1 << 20)
-        parts = self.offsets, self.read(0, n), self.read(self.n_tokens - n, self.n_tokens)
-        return hashlib.sha256(b"".join(map(bytes, parts))).hexdigest()
+        """Return a hash of the text and of where its documents begin."""
+        return sampled_sha256([self.path, self.path.with_suffix(".idx.npy")])
 
     def document(self, i):
         """Return the tokens of document i."""

@@ -58,6 +58,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_RD), size):
             rows = slice(start, start + size)
             target_R1 = target_R[rows, None]
+            # logits and log-probabilities of this chunk
             logits_RV = logits_of(cast_hidden_RD[rows], cast_head_VD, masked_ids)
             logp_RV = torch.log_softmax(logits_RV.div_(temperature), dim=-1)
             nll_R[rows] = -logp_RV.gather(1, target_R1)[:, 0]
@@ -70,6 +71,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             d_logits_RV = d_logits_RV.to(cast_head_VD.dtype)
             d_hidden_RD[rows] = (d_logits_RV @ cast_head_VD).to(hidden_RD.dtype)
             d_head_VD += d_logits_RV.T @ cast_hidden_RD[rows]
+        # the gradient is whole: `backward` has only to scale it
         if needs_grad:
             ctx.save_for_backward(d_hidden_RD, d_head_VD.to(head_VD.dtype))
         ctx.mark_non_differentiable(nll_R)
@@ -108,9 +110,11 @@ def sample_tokens(hidden_RD, head_VD, uniform_R=None, masked_ids=()):
 def entropy_of(hidden_RD, head_VD):
     """The entropy of each row's prediction (nats), [R]."""
     hidden_RD, head_VD = operands(hidden_RD, head_VD)
-    chunks = hidden_RD.split(chunk_rows(head_VD))
-    p_of_chunks = (logits_of(rows, head_VD).softmax(dim=-1) for rows in chunks)
-    return torch.cat([torch.special.entr(p_RV).sum(dim=-1) for p_RV in p_of_chunks])
+    found = []
+    for rows in hidden_RD.split(chunk_rows(head_VD)):
+        p_RV = logits_of(rows, head_VD).softmax(dim=-1)
+        found.append(torch.special.entr(p_RV).sum(dim=-1))
+    return torch.cat(found)
 
 
 def invert_cdf(p_RV, uniform_R):

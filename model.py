@@ -74,6 +74,7 @@ class ModelConfig:
 
 def may_see(query_position, key_position, window: int | None):
     """In plain text a key is no later than the query and fewer than `window` tokens back."""
+    # a window of w holds the query itself and the w - 1 tokens before it
     distance = query_position - key_position
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
@@ -88,6 +89,7 @@ class KVCache:
 
     def write(self, layer: int, position_BS, k_BSKE, v_BSKE):
         """Store at each row's positions; return all keys and values of this layer, [B, K, L, E]."""
+        # each row of the batch may be at other positions
         for store, new in ((self.k_BKLE[layer], k_BSKE), (self.v_BKLE[layer], v_BSKE)):
             store[self.row_B1, :, position_BS] = new.to(store.dtype)
         return self.k_BKLE[layer], self.v_BKLE[layer]
@@ -217,6 +219,7 @@ class Mistral(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        # small models share one table between embedding and head
         if config.tied:
             self.head.weight = self.embed.weight
         self.recompute = 0            # activation checkpointing of every n-th block; 0 none, 1 all

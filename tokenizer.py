@@ -18,7 +18,7 @@ import regex                          # tiktoken's own dependency
 import sentencepiece
 import tiktoken
 
-from config import UserError, atomic_write, check_json, read_json
+from config import UserError, atomic_write, check_json, check_regular, read_json
 from formats.gguf import gguf_ends, gguf_tokenizer
 
 TOKENIZER_FILES = "tokenizer.model tokenizer.model.v3 tekken.json tokenizer.json words.json".split()
@@ -187,8 +187,7 @@ def read_tokenizer_file(path: Path):
                             f"model's {' or '.join(TOKENIZER_FILES[:4])} beside it")
         path = path.parent
     path = next(filter(Path.exists, [path / name for name in TOKENIZER_FILES]), path)
-    if path.exists() and not path.is_file():                 # a pipe would never end
-        raise OSError(0, f"{path.name} is not a file")
+    check_regular(path)
     return path, path.read_bytes()
 
 

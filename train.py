@@ -205,8 +205,11 @@ class RunLog:
         self.damaged = ""             # begins the next row, if the last was not written whole
         if is_main:
             config.lock_folder(out, self)
-        if is_main and (step == 0 or not self.path.is_file()):
-            config.move_aside(self.path)          # of a run whose checkpoints are gone, or no log
+            if step == 0:                         # a log of a run whose checkpoints are gone
+                config.move_aside(self.path)
+            for path in (self.path, out / "latest"):
+                if not path.is_file():            # but a folder or a pipe
+                    config.move_aside(path)
         if is_main and self.path.is_file():
             # a resumed run drops what its checkpoint does not hold; a row of a step says step + 1
             lines = config.read_text(self.path).splitlines()

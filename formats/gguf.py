@@ -62,8 +62,7 @@ def _opened(path: Path):
     reader = Reader(path)
     given = {name: field.contents() for name, field in reader.fields.items()}
     if given.get("split.count", 1) > 1:
-        raise UserError(f"{path} is one of {given['split.count']} parts: join them first, with "
-                        "llama-gguf-split --merge")
+        raise UserError(f"{path} is one of {given['split.count']} parts: join them by gguf-split")
     architecture = given.get("general.architecture")
     if architecture not in ("llama", "qwen2"):
         raise UserError(f"{path}: architecture '{architecture}' is not supported (llama, qwen2)")

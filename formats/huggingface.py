@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from config import UserError, check_json, from_stored, read_json
+from config import UserError, check_json, check_regular, from_stored, read_json
 from model import ModelConfig
 from thoughts import ThoughtConfig
 
@@ -236,8 +236,7 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
             raise UserError(f"{path} names {min(absent)}, but {file_of[min(absent)]} lacks it")
         return {name: shards[file][name] for name, file in file_of.items()}
     try:
-        if not path.is_file():                               # a pipe would never end
-            raise FileNotFoundError("No such file")
+        check_regular(path)
         mapped = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot read {path} as safetensors: {error}: download it again, with "

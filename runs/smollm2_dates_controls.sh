@@ -42,24 +42,6 @@ done
   --policy_temperature=1 --marker_lr=12 --mixing_lr=10 \
   --eval_task=dates --eval_every=12 --eval_texts=64 --save_every=12
 
-# What REINFORCE is worth: a base that has learnt reasoning of which half is wrong (tasks/dates.py),
-# then Quiet-STaR and the same without REINFORCE, on the same text as above (17 minutes a seed)
-for seed in 0 1 2; do
-  [ -d $out/mistaken-base-$seed/step-000120 ] || python train.py --objective=plain --seed=$seed \
-    --init_from="$(from $out/mistaken-base-$seed out/SmolLM2-135M)" --dtype=$DTYPE \
-    --out=$out/mistaken-base-$seed --data=data/dates/with_mistakes --steps=120 --batch_size=16 \
-    --seq_len=36 --lr=2e-4 --min_lr=2e-5 --warmup=5 --weight_decay=0 --eval_every=0 --save_every=40
-  for run in mistaken-thinking:10 mistaken-no-reinforce:0; do
-    name="${run%:*}-$seed"
-    [ -d $out/$name/step-000036 ] || python train.py --seed=$seed --policy_weight=${run#*:} \
-      --init_from="$(from $out/$name $out/mistaken-base-$seed)" --out=$out/$name --dtype=$DTYPE \
-      --data=data/dates/without_reasoning --steps=36 --batch_size=16 --grad_accum=2 --seq_len=26 \
-      --lr=2e-5 --min_lr=2e-6 --warmup=5 --weight_decay=0 --positions=uncertain \
-      --think_share=0.08 --thought_len=9 --n_true=1 --n_thoughts=4 --policy_temperature=1 \
-      --marker_lr=12 --mixing_lr=10 --eval_task=dates --eval_every=12 --eval_texts=64 --save_every=12
-  done
-done
-
 # Score 500 held-out lines with each model, and three of them on seen combinations; the thoughts of
 # other lines; the bases that reason aloud, the ceiling (half a minute each)
 score() {                             # name of the result, run, corpus, other options
@@ -67,17 +49,14 @@ score() {                             # name of the result, run, corpus, other o
     --task=dates --seq_len=26 --batch_size=50 --out=$out/json/$1.json $4 $5 > /dev/null
 }
 for seed in 0 1 2; do
-  for name in base plain no-reinforce thinking mistaken-base mistaken-thinking \
-      mistaken-no-reinforce; do
+  for name in base plain no-reinforce thinking; do
     score $seed-$name $name-$seed without_reasoning
   done
   for name in plain thinking; do
     score $seed-$name-seen $name-$seed seen_combinations
   done
   score $seed-shuffled thinking-$seed without_reasoning --thoughts=shuffled
-  for name in base mistaken-base; do
-    score $seed-$name-aloud $name-$seed without_reasoning --thoughts=aloud --thought_len=9
-  done
+  score $seed-base-aloud base-$seed without_reasoning --thoughts=aloud --thought_len=9
   score $seed-base-aloud-seen base-$seed seen_combinations --thoughts=aloud --thought_len=9
 done
 score 0-filler filler-0 without_reasoning

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, check_json, file_errors, read_json, read_text
+from config import UserError, check_json, check_regular, file_errors, read_json, read_text
 
 BINNED = {"difficulty": "nll_base", "by_entropy": "entropy_base", "by_weight": "mixing_weight"}
 TEMPERATURES = 2.0 ** (np.arange(-12, 9) / 4)      # 1/8 to 4
@@ -150,6 +150,7 @@ class ResultsFile:
     def __init__(self, path: Path, settings: dict):
         self.path, self.settings = path, settings
         self.rows = {}
+        check_regular(path)
         text = read_text(path) if path.is_file() else ""
         for line in text.splitlines():
             try:

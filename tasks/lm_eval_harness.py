@@ -157,6 +157,8 @@ class QuietStarLM(TemplateLM):
         default = options.pop("do_sample")             # True is temperature 1
         temperature = float(options.pop("temperature", default))
         max_new_tokens = options.pop("max_gen_toks")
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise UserError(f"max_gen_toks={max_new_tokens!r} is no whole number above 0")
         for name, value in options.items():
             if value not in (None, 0, 1.0):
                 raise UserError(f"generation option '{name}': {value} is not supported")

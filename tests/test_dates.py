@@ -23,9 +23,9 @@ NUMBERS = {"one": 1, "two": 2, "three": 3}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The four corpora, with a tokenizer of this text."""
+    """The three corpora, with a tokenizer of this text."""
     folder = tmp_path_factory.mktemp("dates")
-    lines = list(dates.date_lines(500, 0.5, 0.0, dates.HELD_OUT, "tokenizer"))
+    lines = list(dates.date_lines(500, 0.5, dates.HELD_OUT, "tokenizer"))
     (folder / "tokenizer.model").write_bytes(train_tokenizer(lines, 400))
     tokenizer = load_tokenizer(folder)
     for name, *shares in dates.CORPORA:
@@ -42,35 +42,25 @@ def lines(folder, corpus, split):
     return [LINE.fullmatch(tokenizer.decode(file.document(i))).groups() for i in range(file.n_docs)]
 
 
-ALOUD = ("with_reasoning", "with_mistakes")
 EVERY = [(corpus, split) for corpus, *_ in dates.CORPORA for split in ("train", "val")]
 
 
 @pytest.mark.parametrize("corpus, split", EVERY)
 def test_every_answer_and_every_reasoning_is_that_of_the_calendar(folder, corpus, split):
-    n_aloud = n_mistaken = 0
     for *_, weekday, first, second, _, reasoning, answer in lines(folder, corpus, split):
         monday = datetime.date(2024, 1, 1)
         arrival = monday + datetime.timedelta(dates.WEEKDAYS.index(weekday))
         n_days = NUMBERS[first] + NUMBERS[second]
         days = [(arrival + datetime.timedelta(n)).strftime("%A") for n in range(1, n_days + 1)]
-        if answer != days[-1]:            # the last day is forgotten, aloud
-            days.pop()
-            n_mistaken += 1
-        n_aloud += reasoning is not None
         assert answer == days[-1]
         if reasoning:
             counted = [*days[:NUMBERS[first]], "then", *days[NUMBERS[first]:], "so"]
             assert reasoning.split() == counted + days[-1:] * (9 - len(counted))
-    if corpus == "with_mistakes":
-        assert 0.4 * n_aloud < n_mistaken < 0.6 * n_aloud
-    else:
-        assert n_mistaken == 0
 
 
 def test_nothing_that_is_held_out_is_in_a_training_line(folder):
-    train = [line for every in EVERY[:6:2] for line in lines(folder, *every)]
-    val = [line for every in EVERY[1:6:2] for line in lines(folder, *every)]
+    train = [line for every in EVERY[:4:2] for line in lines(folder, *every)]
+    val = [line for every in EVERY[1:4:2] for line in lines(folder, *every)]
     seen = lines(folder, "seen_combinations", "val")
 
     def people(found):
@@ -88,12 +78,12 @@ def test_nothing_that_is_held_out_is_in_a_training_line(folder):
     assert len(combinations(train) | combinations(val)) == 7 * 3 * 3
 
 
-def test_two_corpora_show_reasoning_in_half_of_their_lines(folder):
+def test_only_one_corpus_shows_reasoning_in_half_of_its_lines(folder):
     shares = {(corpus, split): sum(line[6] is not None for line in found) / len(found)
               for corpus, split in EVERY if (found := lines(folder, corpus, split))}
-    assert all(share == 0 for (corpus, _), share in shares.items() if corpus not in ALOUD)
+    assert all(share == 0 for (corpus, _), share in shares.items() if corpus != "with_reasoning")
     assert all(0.42 < share < 0.58 for (corpus, _), share in shares.items()
-               if corpus in ALOUD)
+               if corpus == "with_reasoning")
 
 
 def test_days_and_combinations_are_drawn_evenly(folder):
@@ -137,7 +127,7 @@ def test_weekdays_in_pieces_are_refused(tmp_path):
 def test_the_command_line_writes_the_corpora_and_eval_scores_their_answers(folder, tmp_path, call):
     tokenizer = load_tokenizer(folder / "with_reasoning")
     status, out, _ = call(dates, f"--tokenizer={folder}", f"--out={tmp_path}", "--lines=200")
-    assert status == 0 and len(out.splitlines()) == len(list(tmp_path.glob("*/meta.json"))) == 4
+    assert status == 0 and len(out.splitlines()) == len(list(tmp_path.glob("*/meta.json"))) == 3
     save_model(tiny_mistral(vocab_size=tokenizer.vocab_size), tmp_path / "m", tokenizer=tokenizer)
     options = f"--checkpoint={tmp_path / 'm'}", f"--data={tmp_path / 'without_reasoning'}"
     status, out, _ = call(evaluate, *options, "--task=dates", "--thoughts=aloud", "--thought_len=2")

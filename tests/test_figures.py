@@ -91,14 +91,14 @@ def test_the_mask_names_every_token_and_every_group_on_both_axes(drawn, tmp_path
 
 def test_a_table_has_means_extremes_and_the_interval_over_the_texts_of_all_runs(tmp_path, call):
     rng, paths = np.random.default_rng(0), []
-    right = rng.random((3, 40)) < 0.7
+    right = rng.random((3, 60)) < 0.7
     for seed in range(3):
-        clusters = {"count": [1.0] * 40, "right_mixed": right[seed].astype(float).tolist()}
+        clusters = {"count": [1.0] * 60, "right_mixed": right[seed].astype(float).tolist()}
         means = {"nll_base": {"mean": 1.0}, "right_mixed": {"mean": float(right[seed].mean())}}
         paths.append(tmp_path / f"{seed}-thinking.json")
         paths[-1].write_text(json.dumps({**means, "clusters": clusters}))
     _, out, _ = call(figures, "--kind=table", f"--input={','.join(map(str, paths))}")
-    means, interval = right.mean(1), bootstrap_ci(right.sum(0), np.full(40, 3))
+    means, interval = right.mean(1), bootstrap_ci(right.sum(0), np.full(60, 3))
     shown = (f"{right.mean():.3f} ({means.min():.3f} to {means.max():.3f}) "
              f"[{interval['low']:.3f}, {interval['high']:.3f}]")
     assert shown in out.splitlines()[-1] and "| thinking | 3 |" in out
@@ -107,9 +107,9 @@ def test_a_table_has_means_extremes_and_the_interval_over_the_texts_of_all_runs(
 def test_there_is_no_interval_over_other_texts_or_over_none():
     def result(count, dataset_id=None):
         return dict(dataset_id=dataset_id, clusters=dict(count=count, right=count))
-    assert figures.interval_over_texts([result([1.0, 1.0])] * 2, "right") == " [1.000, 1.000]"
-    for results in ([result([])], [result([0.0, 0.0])], [result([1.0], {"task": "a"}),
-                                                         result([1.0], {"task": "b"})]):
+    assert figures.interval_over_texts([result([1.0] * 50)] * 2, "right") == " [1.000, 1.000]"
+    for results in ([result([])], [result([0.0] * 50)], [result([1.0] * 49)],
+                    [result([1.0] * 50, {"task": "a"}), result([1.0] * 50, {"task": "b"})]):
         assert figures.interval_over_texts(results, "right") == ""
 
 

@@ -438,7 +438,7 @@ def test_many_blanks_in_a_long_text_take_no_time(made):
 def test_a_pipe_in_place_of_a_tokenizer_does_not_hang(tmp_path, name):
     os.mkfifo(tmp_path / name)
     for path in (tmp_path / name, tmp_path)[:1 if name == "model.gguf" else 2]:
-        with pytest.raises(UserError, match=f"cannot read {path} .{name} is not a file"):
+        with pytest.raises(UserError, match=f"{name} is not a file"):
             load_tokenizer(path)
 
 

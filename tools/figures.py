@@ -97,7 +97,8 @@ def by_name(paths):
 
 
 def interval_over_texts(results, column):
-    """Return the 95 % interval of the mean over runs, "" if they did not score the same texts."""
+    """Return the 95 % interval of the mean over runs, "" if they did not score the same texts, or
+    fewer than 50, whose intervals are too narrow."""
     sums, counts = [], []
     for result in results:
         clusters = result["clusters"]
@@ -105,7 +106,7 @@ def interval_over_texts(results, column):
         counts.append(clusters.get("count", []))
     texts = {str(result.get("dataset_id")) for result in results}
     sizes = set(map(len, sums + counts))
-    if len(sizes) > 1 or 0 in sizes:
+    if len(sizes) > 1 or min(sizes) < 50:
         return ""
     if np.min(counts) <= 0 or len(texts) > 1:
         return ""
