@@ -23,13 +23,12 @@ Shapes: those of model.py, N, T, A and M as above, and P positions that think.
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Literal
 
 import torch
 from torch import nn
 
 from attention import GrowingContext, PackedContext
-from config import UserError, check_at_least, check_at_most
+from config import check_at_least, check_at_most
 from lm_head import chunked_cross_entropy, entropy_of, logits_of, sample_tokens
 from model import CausalContext, Mistral
 
@@ -45,16 +44,12 @@ class ThoughtConfig:
     base_weight: float = 0.5          # weight of the base likelihood; the mixed one has the rest
     filler: bool = False              # control experiment: every thought token is the start marker
     marker_ids: tuple[int, ...] = ()  # vocabulary rows of the markers, if any; never sampled
-    advantage: Literal["clamped", "leave_one_out"] = "clamped"  # official, or signed and unbiased
-    discount: float = 1.0             # factor of the reward per true token further ahead
 
     def __post_init__(self):
         check_at_least(self, thought_len=0, n_thoughts=1, n_true=1, policy_weight=0,
                        policy_temperature=1e-3, base_weight=0)
         check_at_most(self, thought_len=4096, n_thoughts=4096, n_true=4096, base_weight=1,
-                      policy_weight=1e9, policy_temperature=1000, discount=1)
-        if self.advantage == "leave_one_out" and self.n_thoughts < 2:
-            raise UserError("--advantage=leave_one_out compares thoughts: raise --n_thoughts")
+                      policy_weight=1e9, policy_temperature=1000)
 
 
 @dataclass
@@ -157,21 +152,15 @@ class QuietSTaR(nn.Module):
 
         #    the reward of a thought: nats gained on the true tokens, compared with all N thoughts
         base_nll_BPA = gather_ahead(base_nll_BL, position_BP, cfg.n_true) * target_mask_BPA
-        discount_A = cfg.discount ** torch.arange(cfg.n_true, device=ids_BL.device)
-        reward_BNP = ((base_nll_BPA[:, None] - mixed_nll_BNPA) * discount_A).sum(dim=-1)
+        reward_BNP = (base_nll_BPA[:, None] - mixed_nll_BNPA).sum(dim=-1)
         baseline_B1P = reward_BNP.mean(dim=1, keepdim=True)          # dim 1: thoughts
         policy_mask_BP = position_BP <= ids_BL.shape[1] - 2 - cfg.n_true     # as the official code
-        advantage_BNP = (reward_BNP - baseline_B1P) * policy_mask_BP[:, None]
-        if cfg.advantage == "leave_one_out":             # reward minus the mean of the others
-            N = reward_BNP.shape[1]
-            advantage_BNP = advantage_BNP * (N / (N - 1))
-        else:
-            advantage_BNP = advantage_BNP.clamp(min=0)
+        advantage_BNP = (reward_BNP - baseline_B1P).clamp(min=0) * policy_mask_BP[:, None]
 
         #    REINFORCE: raise log p of the thoughts that helped, in proportion to the advantage
-        compared_BNP = (advantage_BNP != 0) & (not cfg.filler)
+        helped_BNP = (advantage_BNP > 0) & (not cfg.filler)
         policy_loss, _ = masked_cross_entropy(
-            before_BNPTD, head_VD, target=thought_BNPT, mask=compared_BNP[..., None],
+            before_BNPTD, head_VD, target=thought_BNPT, mask=helped_BNP[..., None],
             weight=advantage_BNP[..., None] / (n_rewards * max(1, cfg.thought_len)),
             temperature=cfg.policy_temperature, masked_ids=cfg.marker_ids)
 
