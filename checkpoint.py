@@ -161,7 +161,8 @@ def _checkpoints(out: Path) -> list[Path]:
     """List a run's checkpoints: first those that another was saved after, then by step."""
     own = [path for path in out.glob("step-*") if _beside(out, path.name)]
     followed = {_former(path) for path in own}
-    return sorted(own, key=lambda path: (path not in followed, _state_of(path)["step"]))
+    own.sort(key=lambda path: _state_of(path)["step"])
+    return sorted(own, key=lambda path: path not in followed)
 
 
 def _state_of(folder: Path) -> dict:
