@@ -8,8 +8,10 @@ import copy
 import json
 import os
 import random
+import shutil
 import signal
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,14 +272,17 @@ def test_a_state_resumes_the_run_that_it_describes_or_none(tmp_path, game, call)
                "--n_layers=1", "--n_heads=2", "--n_kv_heads=1", "--ffn_dim=16", "--steps=1",
                "--batch_size=2", "--seq_len=12", "--objective=plain", "--eval_every=0")
     assert call(train, *options)[0] == 0
-    path = tmp_path / "run" / "step-000001" / "state.json"
-    good = json.loads(path.read_text())
-    for text in cases("state", good, 300):
-        path.write_text(text)
-        status, _, error = call(train, "--init_from=resume", f"--out={tmp_path}/run")
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    run.rename(kept)
+    state = Path("step-000001", "state.json")
+    for text in cases("state", json.loads((kept / state).read_text()), 300):
+        shutil.copytree(kept, run)         # with more steps a run goes on, and its first save goes
+        (run / state).write_text(text)
+        status, _, error = call(train, "--init_from=resume", f"--out={run}")
         assert status in (0, 2) and len(error.splitlines()) <= 1, text
-    path.write_text(json.dumps(good))
-    assert call(train, "--init_from=resume", f"--out={tmp_path}/run")[0] == 0
+        shutil.rmtree(run)
+    kept.rename(run)
+    assert call(train, "--init_from=resume", f"--out={run}")[0] == 0
 
 
 def test_a_pipe_or_a_million_layers_is_no_hang(tmp_path):
