@@ -83,19 +83,14 @@ def options_on_command_line() -> set[str]:
     return {_underscored(word).partition("=")[0] for word in sys.argv[1:]}
 
 
-def check_at_least(settings, **least) -> None:
-    """Raise UserError for the first of these settings that is below its least value."""
-    for name, value in least.items():
+def check_ranges(settings, **ranges) -> None:
+    """Raise UserError for the first setting outside its range: (least, most), or least alone."""
+    for name, bounds in ranges.items():
+        least, most = bounds if isinstance(bounds, tuple) else (bounds, LARGEST_NUMBER)
         found = getattr(settings, name)
-        if found is not None and not found >= value:
-            raise UserError(f"--{name}={found} is below {value}")
-
-
-def check_at_most(settings, **most) -> None:
-    """Raise UserError for the first of these settings that is above its greatest value."""
-    for name, value in most.items():
-        if not getattr(settings, name) <= value:
-            raise UserError(f"--{name}={getattr(settings, name)} is above {value}")
+        if found is not None and not least <= found <= most:
+            trouble = f"above {most}" if found > most else f"below {least}"
+            raise UserError(f"--{name}={found} is {trouble}")
 
 
 def run(main) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from config import (UserError, atomic_write, check_at_most, check_regular, decode_text,
+from config import (UserError, atomic_write, check_ranges, check_regular, decode_text,
                     file_errors, parse, read_json, run, sampled_sha256, write_text)
 from tokenizer import MAX_VOCAB, has_tokenizer, load_tokenizer, read_tokenizer_file
 
@@ -231,7 +231,7 @@ class DataConfig:
     vocab_size: int = 1024            # tokens of the new tokenizer; 259 are bytes and specials
 
     def __post_init__(self):
-        check_at_most(self, val_share=1, vocab_size=MAX_VOCAB)
+        check_ranges(self, val_share=(0, 1), vocab_size=(0, MAX_VOCAB))
 
 
 def main():

@@ -76,8 +76,8 @@ class EvalConfig:
             config.read_json(self.against)        # now, because scoring takes long
         if self.out and (Path(self.out).suffix == ".jsonl" or Path(self.out).is_dir()):
             raise UserError(f"--out={self.out}: name a json file (the answers' own is .jsonl)")
-        config.check_at_least(self, texts=1, seq_len=2, max_new_tokens=1, batch_size=1)
-        config.check_at_most(self, votes=10_000, temperature=100)
+        config.check_ranges(self, texts=1, seq_len=2, max_new_tokens=1, batch_size=1,
+                            votes=(0, 10_000), temperature=(0, 100))
 
     @property
     def asks_questions(self) -> bool:

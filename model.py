@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, check_at_least, check_at_most
+from config import UserError, check_ranges
 
 CHUNK_TOKENS = 2048                   # tokens of a text that a feed-forward layer takes at a time
 LARGEST = 1 << 24                     # of any number of an architecture
@@ -49,9 +49,8 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = "vocab_size dim n_layers n_heads n_kv_heads ffn_dim max_seq_len rope_old_context"
-        check_at_least(self, **dict.fromkeys(sizes.split(), 1), rope_theta=1, rope_factor=1e-3)
-        check_at_most(self, **dict.fromkeys(sizes.split(), LARGEST), norm_eps=0.1,
-                      rope_theta=1e12, rope_factor=1e6)
+        check_ranges(self, **dict.fromkeys(sizes.split(), (1, LARGEST)), norm_eps=(0, 0.1),
+                     rope_theta=(1, 1e12), rope_factor=(1e-3, 1e6))
         if max(self.windows, default=0) > LARGEST:
             raise UserError(f"--windows={self.windows} is above {LARGEST}")
         if not self.head_dim:

@@ -48,8 +48,7 @@ class SampleConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
 
     def __post_init__(self):
-        config.check_at_least(self, max_new_tokens=1, samples=1)
-        config.check_at_most(self, samples=10_000, temperature=100)
+        config.check_ranges(self, max_new_tokens=1, samples=(1, 10_000), temperature=(0, 100))
         mistakes = {
             "--checkpoint=FOLDER is needed": not self.checkpoint,
             "--think=gate and --gate need each other": (self.think == "gate") != bool(self.gate),

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from attention import GrowingContext, PackedContext
-from config import check_at_least, check_at_most
+from config import check_ranges
 from lm_head import chunked_cross_entropy, entropy_of, logits_of, sample_tokens
 from model import CausalContext, Mistral
 
@@ -46,10 +46,8 @@ class ThoughtConfig:
     marker_ids: tuple[int, ...] = ()  # vocabulary rows of the markers, if any; never sampled
 
     def __post_init__(self):
-        check_at_least(self, thought_len=0, n_thoughts=1, n_true=1, policy_weight=0,
-                       policy_temperature=1e-3, base_weight=0)
-        check_at_most(self, thought_len=4096, n_thoughts=4096, n_true=4096, base_weight=1,
-                      policy_weight=1e9, policy_temperature=1000)
+        check_ranges(self, thought_len=(0, 4096), n_thoughts=(1, 4096), n_true=(1, 4096),
+                     policy_weight=(0, 1e9), policy_temperature=(1e-3, 1000), base_weight=(0, 1))
 
 
 @dataclass

@@ -99,7 +99,7 @@ class DatesConfig:
 
 def main():
     (cfg,) = config.parse(DatesConfig)
-    config.check_at_least(cfg, lines=1)
+    config.check_ranges(cfg, lines=1)
     tokenizer = load_tokenizer(cfg.tokenizer)
     for name, *shares in CORPORA:
         source = f"dates, {name}, seed {cfg.seed}"

@@ -95,7 +95,7 @@ class ShellGameConfig:
 
 def main():
     (cfg,) = config.parse(ShellGameConfig)
-    config.check_at_least(cfg, lines=1)
+    config.check_ranges(cfg, lines=1)
     write_corpora(cfg.out, cfg.lines, cfg.seed)
 
 

@@ -74,11 +74,11 @@ def test_a_choice_is_shown_in_help_and_any_other_value_is_refused(capsys):
 
 
 def test_a_number_below_its_least_value_or_nan_is_refused():
-    config.check_at_least(Cooking(minutes=1, heat=0.0), minutes=1, heat=0)
+    config.check_ranges(Cooking(minutes=1, heat=0.0), minutes=1, heat=0)
     with pytest.raises(config.UserError, match="--minutes=0 is below 1"):
-        config.check_at_least(Cooking(minutes=0), minutes=1)
+        config.check_ranges(Cooking(minutes=0), minutes=1)
     with pytest.raises(config.UserError, match="--heat=nan is below 0"):
-        config.check_at_least(Cooking(heat=float("nan")), minutes=1, heat=0)
+        config.check_ranges(Cooking(heat=float("nan")), minutes=1, heat=0)
 
 
 # ---------------------------------------------------------------------- errors

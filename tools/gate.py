@@ -112,7 +112,7 @@ class GateConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
 
     def __post_init__(self):
-        config.check_at_least(self, texts=2, seq_len=2)     # half of the texts set the thresholds
+        config.check_ranges(self, texts=2, seq_len=2)     # half of the texts set the thresholds
         if not (self.checkpoint and self.data and 0 < self.share <= 1):
             raise UserError("--checkpoint and --data are needed, and a --share above 0, at most 1")
 

@@ -19,7 +19,7 @@ class MemoryConfig:
     seq_len: int = 256                            # tokens per text
 
     def __post_init__(self):
-        config.check_at_least(self, batch_size=1, grad_accum=1, seq_len=1)
+        config.check_ranges(self, batch_size=1, grad_accum=1, seq_len=1)
         if min(self.gpus, default=0) < 1:
             raise config.UserError(f"--gpus={self.gpus}: give numbers above 0, like 1,2,4")
 
