@@ -2,9 +2,11 @@
 
     Ann came to Rome on Friday, stayed one day there and two days in Oslo, and left on Monday.
     ... and left on— Saturday then Sunday Monday so Monday Monday Monday Monday— Monday.
+    ... and left on— Saturday then Sunday so Sunday Sunday Sunday Sunday Sunday— Sunday.
 
-Half of the lines of `with_reasoning` count aloud, in nine words, and none of `without_reasoning`.
-Their held-out lines have other people, other cities, and combinations of a weekday and two stays
+Half of the lines of `with_mistakes` count aloud, in nine words, and half of these forget the last
+day, as above. `with_reasoning` has no mistakes, and `without_reasoning` counts nothing aloud. Their
+held-out lines have other people, other cities, and combinations of a weekday and two stays
 that no training line has; those of `seen_combinations` have other people and cities alone. `python
 -m tasks.dates --tokenizer=MODEL` writes them all. Left out on purpose: months and leap years.
 """
@@ -28,9 +30,11 @@ LONGEST = 9                           # words of the reasoning about the two lon
 # In training lines, and in held-out lines. Few of each, so that days are the least certain words.
 PEOPLE = "Ann Ben Mary Tom".split(), "Alice David Peter Sarah".split()
 CITIES = "Rome Paris London Berlin".split(), "Oslo Cairo Madrid Vienna".split()
-# Folder, share of lines with reasoning, share of the combinations that is held out.
-CORPORA = (("with_reasoning", 0.5, HELD_OUT), ("without_reasoning", 0.0, HELD_OUT),
-           ("seen_combinations", 0.0, 1.0))
+# Folder, share of lines with reasoning, share of lines with a mistake in it, share of the
+# combinations that is held out.
+CORPORA = (
+    ("with_mistakes", 0.5, 0.25, HELD_OUT), ("with_reasoning", 0.5, 0.0, HELD_OUT),
+    ("without_reasoning", 0.0, 0.0, HELD_OUT), ("seen_combinations", 0.0, 0.0, 1.0))
 
 
 def combination(line: str) -> str:
@@ -38,18 +42,18 @@ def combination(line: str) -> str:
     return ", ".join(re.findall("|".join([*WEEKDAYS, *STAYS]), line)[:3])
 
 
-def reasoning(line: str) -> list[str]:
+def reasoning(line: str, n_forgotten: int = 0) -> list[str]:
     """Return the days of the first stay, "then", those of the second, "so", and the last again."""
     weekday, first, second = combination(line).split(", ")
     days = WEEKDAYS * 3
     days = days[days.index(weekday) + 1:]
     here = STAYS[first]
-    both = here + STAYS[second]
+    both = here + STAYS[second] - n_forgotten
     counted = days[:here] + ["then"] + days[here:both] + ["so"]
     return counted + days[both - 1:both] * (LONGEST - len(counted))
 
 
-def date_lines(n_lines, share_with_reasoning, held_out_share, seed: str):
+def date_lines(n_lines, share_aloud, share_of_mistakes, held_out_share, seed: str):
     """Yield lines; if all are held out, their combinations are those of the training lines."""
     rng = random.Random(seed)
     seen = [chosen for chosen in COMBINATIONS if not is_held_out(chosen, HELD_OUT)]
@@ -59,9 +63,10 @@ def date_lines(n_lines, share_with_reasoning, held_out_share, seed: str):
         weekday, first, second = chosen.split(", ")
         name, (here, there) = rng.choice(PEOPLE[held_out]), rng.sample(CITIES[held_out], k=2)
         line = f"{name} came to {here} on {weekday}, stayed {first} there and {second} in {there}"
-        days = reasoning(line)
-        aloud = rng.random() < share_with_reasoning
-        counted = f"— {' '.join(days)}—" if aloud else ""
+        draw = rng.random()
+        n_forgotten = 1 if draw < share_of_mistakes else 0
+        days = reasoning(line, n_forgotten)
+        counted = f"— {' '.join(days)}—" if draw < share_aloud else ""
         yield f"{line}, and left on{counted} {days[-1]}."
 
 
@@ -92,7 +97,7 @@ def reasoning_is_right(line_ids, thought_ids, tokenizer) -> bool:
 @dataclass(frozen=True)
 class DatesConfig:
     tokenizer: str = "out/SmolLM2-135M"   # that of the model: a file or a folder
-    out: str = "data/dates"           # folder to write: three corpora
+    out: str = "data/dates"           # folder to write: four corpora
     lines: int = 20_000               # lines in each corpus
     seed: int = 0                     # seed of the lines
 
