@@ -5,8 +5,8 @@
     ... and left on— Saturday then Sunday so Sunday Sunday Sunday Sunday Sunday— Sunday.
 
 Half of the lines of `with_mistakes` count aloud, in nine words, and half of these forget the last
-day, as above. `with_reasoning` has no mistakes, and `without_reasoning` counts nothing aloud. Their
-held-out lines have other people, other cities, and combinations of a weekday and two stays
+day, as above, so that the model does too. `without_reasoning` counts nothing aloud. Their held-out
+lines have other people, other cities, and combinations of a weekday and two stays
 that no training line has; those of `seen_combinations` have other people and cities alone. `python
 -m tasks.dates --tokenizer=MODEL` writes them all. Left out on purpose: months and leap years.
 """
@@ -30,11 +30,10 @@ LONGEST = 9                           # words of the reasoning about the two lon
 # In training lines, and in held-out lines. Few of each, so that days are the least certain words.
 PEOPLE = "Ann Ben Mary Tom".split(), "Alice David Peter Sarah".split()
 CITIES = "Rome Paris London Berlin".split(), "Oslo Cairo Madrid Vienna".split()
-# Folder, share of lines with reasoning, share of lines with a mistake in it, share of the
-# combinations that is held out.
-CORPORA = (
-    ("with_mistakes", 0.5, 0.25, HELD_OUT), ("with_reasoning", 0.5, 0.0, HELD_OUT),
-    ("without_reasoning", 0.0, 0.0, HELD_OUT), ("seen_combinations", 0.0, 0.0, 1.0))
+MISTAKES = 0.5                        # share of the reasoning that forgets the last day
+# Folder, share of lines with reasoning, share of the combinations that is held out.
+CORPORA = (("with_mistakes", 0.5, HELD_OUT), ("without_reasoning", 0.0, HELD_OUT),
+           ("seen_combinations", 0.0, 1.0))
 
 
 def combination(line: str) -> str:
@@ -53,7 +52,7 @@ def reasoning(line: str, n_forgotten: int = 0) -> list[str]:
     return counted + days[both - 1:both] * (LONGEST - len(counted))
 
 
-def date_lines(n_lines, share_aloud, share_of_mistakes, held_out_share, seed: str):
+def date_lines(n_lines, share_aloud, held_out_share, seed: str):
     """Yield lines; if all are held out, their combinations are those of the training lines."""
     rng = random.Random(seed)
     seen = [chosen for chosen in COMBINATIONS if not is_held_out(chosen, HELD_OUT)]
@@ -64,7 +63,7 @@ def date_lines(n_lines, share_aloud, share_of_mistakes, held_out_share, seed: st
         name, (here, there) = rng.choice(PEOPLE[held_out]), rng.sample(CITIES[held_out], k=2)
         line = f"{name} came to {here} on {weekday}, stayed {first} there and {second} in {there}"
         draw = rng.random()
-        n_forgotten = 1 if draw < share_of_mistakes else 0
+        n_forgotten = 1 if draw < share_aloud * MISTAKES else 0
         days = reasoning(line, n_forgotten)
         counted = f"— {' '.join(days)}—" if draw < share_aloud else ""
         yield f"{line}, and left on{counted} {days[-1]}."
@@ -97,7 +96,7 @@ def reasoning_is_right(line_ids, thought_ids, tokenizer) -> bool:
 @dataclass(frozen=True)
 class DatesConfig:
     tokenizer: str = "out/SmolLM2-135M"   # that of the model: a file or a folder
-    out: str = "data/dates"           # folder to write: four corpora
+    out: str = "data/dates"           # folder to write: three corpora
     lines: int = 20_000               # lines in each corpus
     seed: int = 0                     # seed of the lines
 

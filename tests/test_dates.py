@@ -23,9 +23,9 @@ NUMBERS = {"one": 1, "two": 2, "three": 3}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The four corpora, with a tokenizer of this text."""
+    """The three corpora, with a tokenizer of this text."""
     folder = tmp_path_factory.mktemp("dates")
-    lines = list(dates.date_lines(500, 0.5, 0, dates.HELD_OUT, "tokenizer"))
+    lines = list(dates.date_lines(500, 0.5, dates.HELD_OUT, "tokenizer"))
     (folder / "tokenizer.model").write_bytes(train_tokenizer(lines, 400))
     tokenizer = load_tokenizer(folder)
     for name, *shares in dates.CORPORA:
@@ -52,7 +52,7 @@ def test_every_answer_and_every_reasoning_is_that_of_the_calendar(folder, corpus
         arrival = monday + datetime.timedelta(dates.WEEKDAYS.index(weekday))
         n_days = NUMBERS[first] + NUMBERS[second]
         days = [(arrival + datetime.timedelta(n)).strftime("%A") for n in range(1, n_days + 1)]
-        if reasoning and corpus == "with_mistakes" and answer != days[-1]:
+        if reasoning and answer != days[-1]:
             days.pop()                # forgotten, and believed
         assert answer == days[-1]
         if reasoning:
@@ -61,8 +61,8 @@ def test_every_answer_and_every_reasoning_is_that_of_the_calendar(folder, corpus
 
 
 def test_nothing_that_is_held_out_is_in_a_training_line(folder):
-    train = [line for every in EVERY[:6:2] for line in lines(folder, *every)]
-    val = [line for every in EVERY[1:6:2] for line in lines(folder, *every)]
+    train = [line for every in EVERY[:4:2] for line in lines(folder, *every)]
+    val = [line for every in EVERY[1:4:2] for line in lines(folder, *every)]
     seen = lines(folder, "seen_combinations", "val")
 
     def people(found):
@@ -80,15 +80,16 @@ def test_nothing_that_is_held_out_is_in_a_training_line(folder):
     assert len(combinations(train) | combinations(val)) == 7 * 3 * 3
 
 
-def test_two_corpora_reason_in_half_of_their_lines_and_one_errs_in_half_of_these(folder):
+def test_one_corpus_reasons_in_half_of_its_lines_and_errs_in_half_of_these(folder):
     for corpus, split in EVERY[:-2]:
         aloud = [line for line in lines(folder, corpus, split) if line[6] is not None]
         n_days = [len(reasoning[:reasoning.index("so")].split()) - 1 for *_, reasoning, _ in aloud]
         wrong = [n != NUMBERS[line[3]] + NUMBERS[line[4]] for n, line in zip(n_days, aloud)]
         share = len(aloud) / len(lines(folder, corpus, split))
-        assert 0.42 < share < 0.58 if corpus.startswith("with_") else share == 0
-        assert 0.4 * len(aloud) < sum(wrong) < 0.6 * len(aloud) \
-            if corpus == "with_mistakes" else not any(wrong)
+        if corpus == "with_mistakes":
+            assert 0.42 < share < 0.58 and 0.4 < sum(wrong) / len(aloud) < 0.6
+        else:
+            assert not aloud
 
 
 def test_days_and_combinations_are_drawn_evenly(folder):
@@ -98,11 +99,11 @@ def test_days_and_combinations_are_drawn_evenly(folder):
 
 
 def test_the_answer_is_where_it_is_hidden(folder):
-    tokenizer = load_tokenizer(folder / "with_reasoning")
-    file = TokenFile(folder / "with_reasoning", "train")
+    tokenizer = load_tokenizer(folder / "with_mistakes")
+    file = TokenFile(folder / "with_mistakes", "train")
     ids_BL, _ = held_out_texts(file, 50, 64)
     where_BL = dates.answer_positions(ids_BL, tokenizer)
-    for ids, where, line in zip(ids_BL, where_BL, lines(folder, "with_reasoning", "train")):
+    for ids, where, line in zip(ids_BL, where_BL, lines(folder, "with_mistakes", "train")):
         hidden = line[6] is None
         assert where.sum() == hidden
         if hidden:
@@ -114,7 +115,7 @@ def test_the_answer_is_where_it_is_hidden(folder):
 
 
 def test_a_right_thought_counts_every_day(folder):
-    tokenizer = load_tokenizer(folder / "with_reasoning")
+    tokenizer = load_tokenizer(folder / "with_mistakes")
     line = tokenizer.encode("Ann came to Rome on Friday, stayed one day there and two days in Oslo, "
                             "and left on Monday.")
     for thought, right in (("Saturday then Sunday Monday so Monday", True), ("Saturday then", True),
@@ -130,9 +131,9 @@ def test_weekdays_in_pieces_are_refused(tmp_path):
 
 
 def test_the_command_line_writes_the_corpora_and_eval_scores_their_answers(folder, tmp_path, call):
-    tokenizer = load_tokenizer(folder / "with_reasoning")
+    tokenizer = load_tokenizer(folder / "with_mistakes")
     status, out, _ = call(dates, f"--tokenizer={folder}", f"--out={tmp_path}", "--lines=200")
-    assert status == 0 and len(out.splitlines()) == len(list(tmp_path.glob("*/meta.json"))) == 4
+    assert status == 0 and len(out.splitlines()) == len(list(tmp_path.glob("*/meta.json"))) == 3
     save_model(tiny_mistral(vocab_size=tokenizer.vocab_size), tmp_path / "m", tokenizer=tokenizer)
     options = f"--checkpoint={tmp_path / 'm'}", f"--data={tmp_path / 'without_reasoning'}"
     status, out, _ = call(evaluate, *options, "--task=dates", "--thoughts=aloud", "--thought_len=2")
