@@ -24,7 +24,7 @@ from checkpoint import find_checkpoint, load_for_inference
 from config import UserError
 from data import TokenFile
 from distributed import Distributed, cleanup, init_distributed
-from scoring import ReasonsAloud, load_task, score_texts, thinks
+from scoring import THOUGHTS, ReasonsAloud, load_task, score_texts, thinks
 from tasks.bootstrap import (BINNED, TEMPERATURES, bin_scores, paired_differences, print_result,
                              summary, temperature_scaled)
 from tasks.qa import CONCLUSION, evaluate_questions
@@ -48,7 +48,7 @@ class EvalConfig:
     temperature: float = 0.9              # temperature of the votes' tokens (official code: 0.9)
     max_new_tokens: int = 384             # tokens of a chain of thought (official code: 384)
     seed: int = 0                         # seed of the votes
-    thoughts: Literal["own", "shuffled", "none", "aloud"] = "own"  # see scoring.py
+    thoughts: Literal[THOUGHTS] = "own"   # see scoring.py
     thought_len: int | None = None        # tokens of a thought; default: as trained
     batch_size: int = 16                  # texts in a batch
     against: str = ""                     # json of another run on the same text, to compare with
@@ -66,14 +66,14 @@ class EvalConfig:
             raise UserError(f"--votes={self.votes} would all be alike: give --temperature above 0")
         if self.votes and self.thoughts == "shuffled":
             raise UserError("--votes with --thoughts=shuffled: new text has no others to take")
-        if self.thoughts == "aloud" and (self.asks_questions or not self.thought_len):
-            raise UserError("--thoughts=aloud needs --thought_len=TOKENS, and text (--data)")
+        if self.asks_questions and self.thoughts not in ("own", "shuffled", "none"):
+            raise UserError(f"--thoughts={self.thoughts} is for text (--data)")
+        if "aloud" in self.thoughts and not self.thought_len:
+            raise UserError(f"--thoughts={self.thoughts} needs --thought_len=TOKENS")
         if 0 < self.temperature < 0.01:
             raise UserError(f"--temperature={self.temperature}: 0 takes the likeliest token")
-        if self.against and not Path(self.against).is_file():
-            raise UserError(f"--against={self.against} is not there: name the json of another run")
-        if self.against:
-            config.read_json(self.against)        # now, because scoring takes long
+        if self.against:                          # read now too, because scoring takes long
+            config.read_json(self.against)
         if self.out and (Path(self.out).suffix == ".jsonl" or Path(self.out).is_dir()):
             raise UserError(f"--out={self.out}: name a json file (the answers' own is .jsonl)")
         config.check_ranges(self, texts=1, seq_len=2, max_new_tokens=1, batch_size=1,
@@ -119,7 +119,7 @@ def main():
     dist = init_distributed(cfg.device)
     tokenizer = load_tokenizer(cfg.data or find_checkpoint(cfg.checkpoint))
     model = load_for_inference(cfg.checkpoint, cfg.device, tokenizer)
-    if cfg.thoughts == "aloud":
+    if "aloud" in cfg.thoughts:
         model = ReasonsAloud(base_model(model), cfg.thought_len, dash_id(tokenizer))
     elif cfg.thought_len is not None:
         if not thinks(model):

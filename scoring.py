@@ -1,10 +1,11 @@
 """Score given text: the prediction at chosen positions, without a thought and after one.
 
-There are four ways of giving thoughts, the same for every evaluation:
+There are five ways of giving thoughts, the same for every evaluation:
   own        one greedy thought (argmax) at each chosen position, and at no other
+  sampled    one at temperature 1 instead, as in training
   shuffled   the thought of another text of the batch: a control
   none       the base model alone
-  aloud      T greedy tokens of a base model, between em dashes: the ceiling for hidden thoughts
+  aloud      T greedy tokens of a base model, between em dashes (or aloud_sampled ones)
 
 Shapes: those of thoughts.py, and R chosen positions of all texts of a batch.
 """
@@ -22,6 +23,7 @@ from model import CausalContext
 from thoughts import (QuietSTaR, ThoughtConfig, base_model, every_position, gather_ahead,
                       logits_without_markers)
 
+THOUGHTS = "own", "sampled", "shuffled", "none", "aloud", "aloud_sampled"
 DATA_TASKS = ("shell_game", "dates")      # files in tasks/ that say which tokens are answers
 FIELDS = (                                # of each scored token
     "nll_base",                           # nats
@@ -101,7 +103,13 @@ def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
         thought_RT = base_RD[:, :0].long()
         return base_RD, base_RD, weight_R, thought_RT
     check_context(model, ids_BL.shape[1])
-    base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = model.predict(ids_BL, position_BP)
+    uniform_BNPT = None
+    if thoughts.endswith("sampled"):
+        shape = len(ids_BL), 1, position_BP.shape[1], model.config.thought_len
+        generator = torch.Generator().manual_seed(0)
+        uniform_BNPT = torch.rand(shape, generator=generator).to(ids_BL.device)
+    base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = model.predict(
+        ids_BL, position_BP, uniform_BNPT)
     thought_BPT = thought_BNPT[:, 0]
     if thoughts == "shuffled":
         others = of_another_text(real_BP.nonzero()[:, 0])

@@ -140,5 +140,10 @@ def test_the_command_line_writes_the_corpora_and_eval_scores_their_answers(folde
     assert status == 0 and "reasoning_is_right" in out
     status, _, error = call(evaluate, *options, "--task=dates", "--thoughts=aloud")
     assert status == 2 and "--thought_len" in error
+    greedy, sampled = (call(evaluate, *options, "--task=dates", f"--thoughts={how}",
+                            "--thought_len=2", f"--out={tmp_path}/{how}.json")[0]
+                       for how in ("aloud", "aloud_sampled"))
+    assert greedy == sampled == 0
+    assert (tmp_path / "aloud.json").read_text() != (tmp_path / "aloud_sampled.json").read_text()
     status, _, error = call(dates, f"--tokenizer={folder}", f"--out={tmp_path}", "--lines=0")
     assert status == 2 and "--lines=0 is below 1" in error

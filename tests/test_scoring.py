@@ -12,6 +12,7 @@ from config import UserError
 from scoring import ReasonsAloud, of_another_text, pack_positions, score_positions, score_targets, score_texts
 from tasks import shell_game
 from tokenizer import load_tokenizer
+from thoughts import every_position
 from toys import texts, tiny_mistral, tiny_quiet
 
 
@@ -60,6 +61,22 @@ def test_shuffled_thoughts_are_the_same_thoughts_at_other_positions():
     assert (own.thought != shuffled.thought).any(-1).sum() >= 4
     np.testing.assert_allclose(own.nll_base, shuffled.nll_base, rtol=1e-5)
     assert not np.allclose(own.nll_mixed, shuffled.nll_mixed)
+
+
+def test_sampled_thoughts_are_as_frequent_as_they_are_likely():
+    quiet, n = tiny_quiet(n_thoughts=1, thought_len=1), 4000
+    ids_BL = texts(1, 5).expand(n, -1)
+    where_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
+    where_BL[:, 3] = True
+    sampled, again = (score(quiet, ids_BL, where_BL, thoughts="sampled") for _ in range(2))
+    np.testing.assert_array_equal(sampled.thought, again.thought)
+    embeds_BLD = quiet.model.embed(ids_BL[:1, :4])
+    start_11D = quiet.start_thought.view(1, 1, -1)
+    context = CausalContext(every_position(torch.zeros(1, 5), last=True))
+    hidden_BLD = quiet.model.transform(torch.cat((embeds_BLD, start_11D), 1), context)
+    p_V = quiet.model.head(hidden_BLD[0, -1]).softmax(-1).detach().numpy()
+    counted_V = np.bincount(sampled.thought[:, 0], minlength=len(p_V))
+    assert (abs(counted_V - n * p_V) < 4.5 * (n * p_V * (1 - p_V)) ** 0.5).all()
 
 
 def test_a_model_without_thoughts_is_scored_by_its_base():
