@@ -15,11 +15,11 @@ mkdir -p $out/json
 # Data: lines with and without reasoning (2 seconds)
 [ -f data/dates/seen_combinations/meta.json ] || python -m tasks.dates
 
-# 1. A base that counts aloud in half of the lines, and errs in half of these (5 minutes)
-[ -d $out/base-$SEED/step-000120 ] || python train.py --objective=plain --seed=$SEED \
+# 1. A base that counts aloud, and forgets the second stay in most of these lines (6 minutes)
+[ -d $out/base-$SEED/step-000150 ] || python train.py --objective=plain --seed=$SEED \
   --init_from="$(from $out/base-$SEED out/SmolLM2-135M)" --out=$out/base-$SEED --dtype=$DTYPE \
-  --data=data/dates/with_mistakes --steps=120 --batch_size=16 --seq_len=36 --lr=2e-4 \
-  --min_lr=2e-5 --warmup=5 --weight_decay=0 --eval_every=0 --save_every=40
+  --data=data/dates/with_mistakes --steps=150 --batch_size=16 --seq_len=36 --lr=2e-4 \
+  --min_lr=2e-5 --warmup=5 --weight_decay=0 --eval_every=0 --save_every=50
 
 # 2. Quiet-STaR on lines without any reasoning: the two positions where the base is least certain
 #    think (6 minutes)

@@ -40,13 +40,19 @@ one_seed() {
   go_on_thinking base no-reinforce $1 --n_thoughts=4 --policy_weight=0
   go_on_thinking base filler $1 --filler --n_thoughts=1 --policy_weight=0
 
-  # Scores; the thoughts of other lines; bases that count aloud; combinations of the training lines
+  # Scores with greedy thoughts, and with sampled ones; with the thoughts of other lines
   for name in base plain filler no-reinforce thinking; do
     score $name $name $1 without_reasoning
   done
+  for name in no-reinforce thinking; do
+    score $name-sampled $name $1 without_reasoning --thoughts=sampled
+  done
   score shuffled thinking $1 without_reasoning --thoughts=shuffled
-  score base-aloud base $1 without_reasoning --thoughts=aloud --thought_len=9
-  score base-aloud-seen base $1 seen_combinations --thoughts=aloud --thought_len=9
+
+  # The base that counts aloud; combinations of the training lines
+  for how in aloud aloud_sampled; do
+    score base-$how base $1 without_reasoning --thoughts=$how --thought_len=9
+  done
   score plain-seen plain $1 seen_combinations
   score thinking-seen thinking $1 seen_combinations
 }

@@ -2,13 +2,13 @@
 
     Ann came to Rome on Friday, stayed one day there and two days in Oslo, and left on Monday.
     ... and left on— Saturday then Sunday Monday so Monday Monday Monday Monday— Monday.
-    ... and left on— Saturday then Sunday so Sunday Sunday Sunday Sunday Sunday— Sunday.
+    ... and left on— Saturday so Saturday (six times more, nine words in all) Saturday— Saturday.
 
-Half of the lines of `with_mistakes` count aloud, in nine words, and half of these forget the last
-day, as above, so that the model does too. `without_reasoning` counts nothing aloud. Their held-out
-lines have other people, other cities, and combinations of a weekday and two stays
-that no training line has; those of `seen_combinations` have other people and cities alone. `python
--m tasks.dates --tokenizer=MODEL` writes them all. Left out on purpose: months and leap years.
+Three quarters of the lines of `with_mistakes` count aloud, and six tenths of these forget the
+second stay, as above; none counts in `without_reasoning`. Their held-out lines have other people,
+other cities, and combinations of a weekday and two stays that no training line has; those of
+`seen_combinations` have other people and cities alone. `python -m tasks.dates --tokenizer=MODEL`
+writes them all. Left out on purpose: months and leap years.
 """
 import random
 import re
@@ -30,9 +30,9 @@ LONGEST = 9                           # words of the reasoning about the two lon
 # In training lines, and in held-out lines. Few of each, so that days are the least certain words.
 PEOPLE = "Ann Ben Mary Tom".split(), "Alice David Peter Sarah".split()
 CITIES = "Rome Paris London Berlin".split(), "Oslo Cairo Madrid Vienna".split()
-MISTAKES = 0.5                        # share of the reasoning that forgets the last day
+MISTAKES = 0.6                        # share of the reasoning that forgets the second stay
 # Folder, share of lines with reasoning, share of the combinations that is held out.
-CORPORA = (("with_mistakes", 0.5, HELD_OUT), ("without_reasoning", 0.0, HELD_OUT),
+CORPORA = (("with_mistakes", 0.75, HELD_OUT), ("without_reasoning", 0.0, HELD_OUT),
            ("seen_combinations", 0.0, 1.0))
 
 
@@ -41,15 +41,17 @@ def combination(line: str) -> str:
     return ", ".join(re.findall("|".join([*WEEKDAYS, *STAYS]), line)[:3])
 
 
-def reasoning(line: str, n_forgotten: int = 0) -> list[str]:
-    """Return the days of the first stay, "then", those of the second, "so", and the last again."""
+def reasoning(line: str, forgets: bool = False) -> list[str]:
+    """Return the days of the first stay, "then" and those of the second, unless one `forgets` it,
+    "so", and the last day again."""
     weekday, first, second = combination(line).split(", ")
     days = WEEKDAYS * 3
     days = days[days.index(weekday) + 1:]
     here = STAYS[first]
-    both = here + STAYS[second] - n_forgotten
-    counted = days[:here] + ["then"] + days[here:both] + ["so"]
-    return counted + days[both - 1:both] * (LONGEST - len(counted))
+    both = here + STAYS[second]
+    counted = days[:here] if forgets else [*days[:here], "then", *days[here:both]]
+    repeated = counted[-1:] * (LONGEST - 1 - len(counted))
+    return [*counted, "so", *repeated]
 
 
 def date_lines(n_lines, share_aloud, held_out_share, seed: str):
@@ -63,8 +65,7 @@ def date_lines(n_lines, share_aloud, held_out_share, seed: str):
         name, (here, there) = rng.choice(PEOPLE[held_out]), rng.sample(CITIES[held_out], k=2)
         line = f"{name} came to {here} on {weekday}, stayed {first} there and {second} in {there}"
         draw = rng.random()
-        n_forgotten = 1 if draw < share_aloud * MISTAKES else 0
-        days = reasoning(line, n_forgotten)
+        days = reasoning(line, forgets=draw < share_aloud * MISTAKES)
         counted = f"— {' '.join(days)}—" if draw < share_aloud else ""
         yield f"{line}, and left on{counted} {days[-1]}."
 
