@@ -31,9 +31,22 @@ mkdir -p $out/json
   --policy_weight=10 --policy_temperature=1 --marker_lr=12 --mixing_lr=10 \
   --eval_task=dates --eval_every=12 --eval_texts=64 --save_every=12
 
-# 3. A thought, and 500 held-out lines scored without and with thoughts (1 minute)
-python sample.py --checkpoint=$out/thinking-$SEED --show-thoughts --max_new_tokens=1 \
-  --prompt="Alice came to Oslo on Friday, stayed three days there and two days in Cairo, and left on"
+# 3. A thought, and pages of that sentence and of dates beside ordinary prose (20 seconds)
+sentence="Alice came to Oslo on Wednesday, stayed three days there and two days in Cairo, and left on"
+python sample.py --checkpoint=$out/thinking-$SEED --prompt="$sentence" --max_new_tokens=1 \
+  --show-thoughts
+echo "$sentence Monday." > $out/sentence.txt
+cat > $out/paragraphs.txt <<'END'
+Alice came to Oslo on Wednesday, stayed three days there and two days in Cairo, and left on Monday. Peter came to Madrid on Saturday, stayed two days there and one day in Vienna, and left on Tuesday.
+
+The old clock in the hall had stopped long ago, but nobody wanted to throw it away. Every evening my grandmother wound it up, listened for a moment, and went to bed without a word.
+END
+for text in sentence paragraphs; do
+  python sample.py --checkpoint=$out/thinking-$SEED --text-file=$out/$text.txt \
+    --html=$out/$text.html > /dev/null
+done
+
+# 500 held-out lines scored without and with thoughts (1 minute)
 for name in base thinking; do
   [ -f $out/json/$SEED-$name.json ] || python eval.py --checkpoint=$out/$name-$SEED --texts=500 \
     --data=data/dates/without_reasoning --task=dates --seq_len=26 --batch_size=50 \
