@@ -45,8 +45,7 @@ def reasoning(line: str, forgets: bool = False) -> list[str]:
     """Return the days of the first stay, "then" and those of the second, unless one `forgets` it,
     "so", and the last day again."""
     weekday, first, second = combination(line).split(", ")
-    days = WEEKDAYS * 3
-    days = days[days.index(weekday) + 1:]
+    days = (WEEKDAYS * 3)[WEEKDAYS.index(weekday) + 1:]
     here = STAYS[first]
     both = here + STAYS[second]
     counted = days[:here] if forgets else [*days[:here], "then", *days[here:both]]
@@ -91,7 +90,8 @@ def answer_positions(ids_BL, tokenizer):
 def reasoning_is_right(line_ids, thought_ids, tokenizer) -> bool:
     """Check a thought about a line: all days of the stays, the last repeated, nothing else."""
     thought = tokenizer.decode(thought_ids).split()
-    return thought == reasoning(tokenizer.decode(line_ids))[:len(thought)]
+    right = reasoning(tokenizer.decode(line_ids))
+    return bool(thought) and thought == right[:len(thought)]
 
 
 @dataclass(frozen=True)

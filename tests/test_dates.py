@@ -119,7 +119,8 @@ def test_a_right_thought_counts_every_day(folder):
     line = tokenizer.encode("Ann came to Rome on Friday, stayed one day there and two days in Oslo, "
                             "and left on Monday.")
     for thought, right in (("Saturday then Sunday Monday so Monday", True), ("Saturday then", True),
-                           ("Saturday Sunday Monday", False), ("Saturday then Monday", False)):
+                           ("Saturday Sunday Monday", False), ("Saturday then Monday", False),
+                           ("Saturday so Saturday", False), ("", False)):
         ids = tokenizer.encode("on " + thought)[1:]
         assert dates.reasoning_is_right(torch.tensor(line), ids, tokenizer) == right
 
