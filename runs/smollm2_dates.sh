@@ -1,7 +1,7 @@
 #!/bin/sh
 # A real language model learns to think, on two CPU cores: `make dates`. The text is ordinary English
-# whose last word needs counting days (tasks/dates.py); chance is one weekday in seven. 12 minutes
-# where the processor multiplies bf16, 20 where not, estimated from its steps; 5 GB of memory. A stage
+# whose last word needs counting days (tasks/dates.py); chance is one weekday in seven. 14 minutes
+# where the processor multiplies bf16, 22 where not, estimated from its steps; 5 GB of memory. A stage
 # whose output exists is skipped, and one that was stopped goes on.
 set -e
 cd "$(dirname "$0")/.."
