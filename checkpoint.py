@@ -53,7 +53,7 @@ def find_checkpoint(folder: str | Path) -> Path:
         return pointed(folder)
     if (folder / "config.json").exists() or (folder / "params.json").exists():
         return folder                 # it holds a model itself, whatever lies beside it
-    others = _checkpoints(folder)
+    others = checkpoints_of(folder)
     if not others and (folder / "latest").is_file():
         raise UserError(f"{folder}/latest names no checkpoint beside it, and there is no other")
     return others[-1] if others else folder
@@ -152,12 +152,7 @@ def add_thoughts(model: Mistral, settings: ThoughtConfig, dash_id: int, generato
     return quiet.to(embedding_D.device)
 
 
-def has_checkpoints(out: Path) -> bool:
-    """Return True if a run has saved to this folder."""
-    return bool(_checkpoints(out))
-
-
-def _checkpoints(out: Path) -> list[Path]:
+def checkpoints_of(out: Path) -> list[Path]:
     """List a run's checkpoints: first those that another was saved after, then by step."""
     own = [path for path in out.glob("step-*") if _beside(out, path.name)]
     followed = {_former(path) for path in own}
@@ -228,7 +223,8 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
         if n_bytes > left:
             shards, left = [*shards, {}], shard_bytes
         shards[-1][file_name(name, "ours")] = tensor.detach()
-        left, total = left - n_bytes, total + n_bytes
+        left -= n_bytes
+        total += n_bytes
     entry = INDEX if len(shards) > 1 else WEIGHTS
     for name in {INDEX, WEIGHTS, MISTRAL_WEIGHTS} - {entry}:
         if (folder / name).exists():
@@ -340,7 +336,7 @@ def _or_the_one_before(folder: Path):
     try:
         yield
     except UserError as error:
-        others = [path for path in _checkpoints(folder.parent) if path != folder]
+        others = [path for path in checkpoints_of(folder.parent) if path != folder]
         if not others or not _beside(folder.parent, folder.name):
             raise
         raise UserError(f"{error}; to go on from {others[-1]}, write {others[-1].name} into "

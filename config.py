@@ -172,8 +172,7 @@ def decode_text(content: bytes, source) -> str:
     try:
         text = content.decode("utf-8-sig").lstrip("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {source}: it is not UTF-8 text at byte "
-                        f"{error.start}") from None
+        raise UserError(f"cannot read {source}: it is not UTF-8 text, byte {error.start}") from None
     if "\0" in text:
         raise UserError(f"cannot read {source}: it holds zero bytes, so it is no UTF-8 text")
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -38,6 +38,19 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
+def uniform_by_text(ids_BL, position_BP, thought_len):
+    """Numbers in [0, 1) for thoughts, [B, 1, P, T], keyed by each text up to its last position."""
+    shape = 1, position_BP.shape[1], thought_len
+    last_B = position_BP.amax(1)
+    drawn = []
+    for ids_L, last in zip(ids_BL, last_B):
+        key = ids_L[:last + 1].tolist()
+        rng = np.random.default_rng(key)
+        drawn.append(rng.random(shape, np.float32))
+    uniform_BNPT = torch.from_numpy(np.stack(drawn))
+    return uniform_BNPT.to(ids_BL.device)
+
+
 def read_texts(paths, fields):
     """Yield the documents of files: all of a .txt, else `fields` of each row with newlines."""
     for path in paths:

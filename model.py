@@ -51,20 +51,16 @@ class ModelConfig:
         sizes = "vocab_size dim n_layers n_heads n_kv_heads ffn_dim max_seq_len rope_old_context"
         check_ranges(self, **dict.fromkeys(sizes.split(), (1, LARGEST)), norm_eps=(0, 0.1),
                      rope_theta=(1, 1e12), rope_factor=(1e-3, 1e6))
-        if max(self.windows, default=0) > LARGEST:
-            raise UserError(f"--windows={self.windows} is above {LARGEST}")
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.n_heads % self.n_kv_heads:
-            raise UserError(f"n_heads={self.n_heads} is not a multiple of "
-                            f"n_kv_heads={self.n_kv_heads}")
+            raise UserError(f"n_heads={self.n_heads}: no multiple of n_kv_heads={self.n_kv_heads}")
         if self.head_dim % 2 or not 1 <= self.head_dim <= LARGEST:
             raise UserError(f"head_dim={self.head_dim}: rotary positions rotate pairs")
         if not self.rope_low_freq < self.rope_high_freq:
             raise UserError(f"rope_high_freq={self.rope_high_freq} is not above rope_low_freq")
         if self.rope_type not in ("default", "linear", "llama3"):
-            raise UserError(f"rope_type '{self.rope_type}' is not supported "
-                            "(default, linear, llama3)")
+            raise UserError(f"rope_type '{self.rope_type}' is not supported (linear, llama3)")
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of this layer sees, itself included; None means all of them."""

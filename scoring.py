@@ -17,6 +17,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from config import Progress, UserError
+from data import uniform_by_text
 from distributed import SINGLE, all_reduce_sum
 from lm_head import CHUNK
 from model import CausalContext
@@ -103,13 +104,10 @@ def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
         thought_RT = base_RD[:, :0].long()
         return base_RD, base_RD, weight_R, thought_RT
     check_context(model, ids_BL.shape[1])
-    uniform_BNPT = None
+    randoms = {}
     if thoughts.endswith("sampled"):
-        shape = len(ids_BL), 1, position_BP.shape[1], model.config.thought_len
-        generator = torch.Generator().manual_seed(0)
-        uniform_BNPT = torch.rand(shape, generator=generator).to(ids_BL.device)
-    base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = model.predict(
-        ids_BL, position_BP, uniform_BNPT)
+        randoms["uniform_BNPT"] = uniform_by_text(ids_BL, position_BP, model.config.thought_len)
+    base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = model.predict(ids_BL, position_BP, **randoms)
     thought_BPT = thought_BNPT[:, 0]
     if thoughts == "shuffled":
         others = of_another_text(real_BP.nonzero()[:, 0])

@@ -153,7 +153,7 @@ def configure():
     """Read the configs, with a checkpoint's as defaults, and the state to resume, or None."""
     kinds = (TrainConfig, ModelConfig, ThoughtConfig)
     first, *_ = config.parse(*kinds, defaults={"out": "-", "data": "-"})
-    has_run = checkpoint.has_checkpoints(Path(first.out))
+    has_run = bool(checkpoint.checkpoints_of(Path(first.out)))
     resumes = first.init_from == "resume" or (distributed.restarts_enabled() and has_run)
     if resumes and not has_run:
         raise UserError(f"nothing to resume in --out={first.out}: it holds no checkpoint")

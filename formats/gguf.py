@@ -187,8 +187,7 @@ def gguf_tokenizer(path: Path) -> dict | None:
                  for text, i in vocab.items() if types[i] in (CONTROL, USER_DEFINED)]
         letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         splits = [split, letters | {"use_regex": pre == "smollm"}]
-        return {
-            "version": "1.0", "added_tokens": added, "decoder": letters | {"use_regex": True},
-            "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits},
-            "model": dict(type="BPE", vocab=vocab, merges=given["tokenizer.ggml.merges"])}
+        return {"version": "1.0", "added_tokens": added, "decoder": letters | {"use_regex": True},
+                "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits},
+                "model": dict(type="BPE", vocab=vocab, merges=given["tokenizer.ggml.merges"])}

@@ -167,7 +167,7 @@ def test_a_feed_forward_layer_in_chunks_is_the_same_layer(monkeypatch):
 
 
 def test_numbers_that_make_no_model_are_refused():
-    with pytest.raises(ValueError, match="n_heads=4 is not a multiple of n_kv_heads=3"):
+    with pytest.raises(ValueError, match="n_heads=4: no multiple of n_kv_heads=3"):
         ModelConfig(n_heads=4, n_kv_heads=3, dim=16)
     with pytest.raises(ValueError, match="rope_type 'yarn' is not supported"):
         ModelConfig(rope_type="yarn")

@@ -65,18 +65,30 @@ def test_shuffled_thoughts_are_the_same_thoughts_at_other_positions():
 
 def test_sampled_thoughts_are_as_frequent_as_they_are_likely():
     quiet, n = tiny_quiet(n_thoughts=1, thought_len=1), 4000
-    ids_BL = texts(1, 5).expand(n, -1)
+    ids_BL = texts(n, 5)
     where_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
     where_BL[:, 3] = True
-    sampled, again = (score(quiet, ids_BL, where_BL, thoughts="sampled") for _ in range(2))
-    np.testing.assert_array_equal(sampled.thought, again.thought)
-    embeds_BLD = quiet.model.embed(ids_BL[:1, :4])
-    start_11D = quiet.start_thought.view(1, 1, -1)
-    context = CausalContext(every_position(torch.zeros(1, 5), last=True))
-    hidden_BLD = quiet.model.transform(torch.cat((embeds_BLD, start_11D), 1), context)
-    p_V = quiet.model.head(hidden_BLD[0, -1]).softmax(-1).detach().numpy()
-    counted_V = np.bincount(sampled.thought[:, 0], minlength=len(p_V))
-    assert (abs(counted_V - n * p_V) < 4.5 * (n * p_V * (1 - p_V)) ** 0.5).all()
+    sampled = score(quiet, ids_BL, where_BL, thoughts="sampled")
+    embeds_BLD = quiet.model.embed(ids_BL[:, :4])
+    start_B1D = quiet.start_thought.expand(n, 1, -1)
+    context = CausalContext(every_position(torch.zeros(1, 5), last=True).expand(n, -1))
+    hidden_BLD = quiet.model.transform(torch.cat((embeds_BLD, start_B1D), 1), context)
+    p_BV = quiet.model.head(hidden_BLD[:, -1]).softmax(-1).detach().numpy()
+    counted_V = np.bincount(sampled.thought[:, 0], minlength=p_BV.shape[1])
+    sd_V = (p_BV * (1 - p_BV)).sum(0) ** 0.5
+    assert (abs(counted_V - p_BV.sum(0)) < 4.5 * sd_V).all()
+    # of two halves of the texts the same draws say nothing of each other
+    some_V, others_V = (np.bincount(half, minlength=p_BV.shape[1])
+                        for half in np.split(sampled.thought[:, 0], 2))
+    assert (some_V != others_V).any()
+
+
+def test_a_text_has_the_same_sampled_thoughts_in_any_batch():
+    quiet, ids_BL, where_BL = tiny_quiet(n_thoughts=1), texts(3, 8), some_positions()
+    together = score(quiet, ids_BL, where_BL, thoughts="sampled").thought.tolist()
+    alone = [score(quiet, ids_BL[b:b + 1, :n], where_BL[b:b + 1, :n], thoughts="sampled").thought
+             for b, n in ((0, 6), (1, 8), (2, 5))]
+    assert np.concatenate(alone).tolist() == together
 
 
 def test_a_model_without_thoughts_is_scored_by_its_base():

@@ -313,7 +313,7 @@ def test_checkpoints_are_a_runs_own_in_the_order_of_their_steps(tmp_path):
     (["--objective=loud"], "--objective: 'loud' is not one of quiet, plain"),
     (["--init_from=nowhere"], "nowhere is missing"),
     (["--init_from=resume"], "nothing to resume"),
-    (["--n_kv_heads=3"], "n_heads=2 is not a multiple of n_kv_heads=3"),
+    (["--n_kv_heads=3"], "n_heads=2: no multiple of n_kv_heads=3"),
     (["--vocab_size=7"], "has 20 tokens, model embeds 7"),
     (["--think_share=0.5"], "--think_share=0.5 of which positions? Choose --positions=random or"),
     (["--think_share=0"], "--think_share=0.0 is below 1e-06"),

@@ -145,8 +145,7 @@ def main():
     torch.set_num_threads(1)
     if cfg.variant:
         return print(json.dumps(measure(cfg, m, c)))
-    print(cfg, m, c)
-    print("\n| variant | s | times | peak GB | TFLOP | share |\n" + 6 * "|---" + "|")
+    print(cfg, m, c, "\n\n| variant | s | times | peak GB | TFLOP | share |\n" + 6 * "|---" + "|")
     found = collect(cfg)
     first = found[TABLES[cfg.kind][0]]["seconds"]
     for name, run in found.items():
