@@ -49,6 +49,7 @@ class EvalConfig:
     max_new_tokens: int = 384             # tokens of a chain of thought (official code: 384)
     seed: int = 0                         # seed of the votes
     thoughts: Literal[THOUGHTS] = "own"   # see scoring.py
+    aloud: bool = False                   # thoughts are text of the base, between em dashes
     thought_len: int | None = None        # tokens of a thought; default: as trained
     batch_size: int = 16                  # texts in a batch
     against: str = ""                     # json of another run on the same text, to compare with
@@ -66,10 +67,10 @@ class EvalConfig:
             raise UserError(f"--votes={self.votes} would all be alike: give --temperature above 0")
         if self.votes and self.thoughts == "shuffled":
             raise UserError("--votes with --thoughts=shuffled: new text has no others to take")
-        if self.asks_questions and self.thoughts not in ("own", "shuffled", "none"):
-            raise UserError(f"--thoughts={self.thoughts} is for text (--data)")
-        if "aloud" in self.thoughts and not self.thought_len:
-            raise UserError(f"--thoughts={self.thoughts} needs --thought_len=TOKENS")
+        if self.asks_questions and (self.aloud or self.thoughts == "sampled"):
+            raise UserError("--aloud and --thoughts=sampled are for text (--data)")
+        if self.aloud and not self.thought_len:
+            raise UserError("--aloud needs --thought_len=TOKENS")
         if 0 < self.temperature < 0.01:
             raise UserError(f"--temperature={self.temperature}: 0 takes the likeliest token")
         if self.against:                          # read now too, because scoring takes long
@@ -119,7 +120,7 @@ def main():
     dist = init_distributed(cfg.device)
     tokenizer = load_tokenizer(cfg.data or find_checkpoint(cfg.checkpoint))
     model = load_for_inference(cfg.checkpoint, cfg.device, tokenizer)
-    if "aloud" in cfg.thoughts:
+    if cfg.aloud:
         model = ReasonsAloud(base_model(model), cfg.thought_len, dash_id(tokenizer))
     elif cfg.thought_len is not None:
         if not thinks(model):

@@ -20,6 +20,7 @@ from lm_head import invert_cdf, sample_tokens
 from model import CausalContext, KVCache
 from scoring import pad_ids
 from thoughts import QuietSTaR, base_model, logits_without_markers
+from tokenizer import Stream
 
 
 @dataclass
@@ -189,14 +190,13 @@ def complete(model, prompts, tokenizer, max_new_tokens, stop, think=True, temper
     """Continue prompts (ids) in one batch, each up to `max_new_tokens` tokens, the end of the text,
     or until `stop(row, its text so far)` is true. `keys` seed the random numbers of each row."""
     ids_BL, length_B = pad_ids(prompts, base_model(model).embed.weight.device)
-    keys = keys or [(0, row) for row in range(len(prompts))]
-    generators = [np.random.default_rng(key) for key in keys]
+    generators = [np.random.default_rng(key) for key in keys or ()]
     generator = Generator(model, ids_BL, length_B, max_new_tokens, temperature,
                           generators=generators, think=think)
     # the decoders read the prompts first, because a token's text can depend on those before it
     streams = []
     for ids in prompts:
-        stream = tokenizer.stream()
+        stream = Stream(tokenizer)
         for token in ids:
             stream.push(token)
         streams.append(stream)

@@ -1,11 +1,10 @@
 """Score given text: the prediction at chosen positions, without a thought and after one.
 
-There are five ways of giving thoughts, the same for every evaluation:
+There are four ways of giving thoughts, the same for every evaluation:
   own        one greedy thought (argmax) at each chosen position, and at no other
   sampled    one at temperature 1 instead, as in training
   shuffled   the thought of another text of the batch: a control
   none       the base model alone
-  aloud      T greedy tokens of a base model, between em dashes (or aloud_sampled ones)
 
 Shapes: those of thoughts.py, and R chosen positions of all texts of a batch.
 """
@@ -24,7 +23,7 @@ from model import CausalContext
 from thoughts import (QuietSTaR, ThoughtConfig, base_model, every_position, gather_ahead,
                       logits_without_markers)
 
-THOUGHTS = "own", "sampled", "shuffled", "none", "aloud", "aloud_sampled"
+THOUGHTS = "own", "sampled", "shuffled", "none"
 DATA_TASKS = ("shell_game", "dates")      # files in tasks/ that say which tokens are answers
 FIELDS = (                                # of each scored token
     "nll_base",                           # nats
@@ -105,7 +104,7 @@ def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
         return base_RD, base_RD, weight_R, thought_RT
     check_context(model, ids_BL.shape[1])
     randoms = {}
-    if thoughts.endswith("sampled"):
+    if thoughts == "sampled":
         randoms["uniform_BNPT"] = uniform_by_text(ids_BL, position_BP, model.config.thought_len)
     base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = model.predict(ids_BL, position_BP, **randoms)
     thought_BPT = thought_BNPT[:, 0]

@@ -119,6 +119,7 @@ class QuietSTaR(nn.Module):
         counts        `denominators` of the whole step; default: of this micro-batch
         n_uncertain   think at so many positions of each text, where the base is least certain"""
         cfg, head_VD = self.config, self.model.head.weight
+        # which positions think, and by what the averages over them are divided
         if n_uncertain:
             position_BP = self.uncertain_positions(ids_BL, valid_BL, n_uncertain)
         all_positions = position_BP is None
@@ -208,12 +209,14 @@ class QuietSTaR(nn.Module):
         # at the start marker the N thoughts are identical: one copy is computed and shared
         x_BNPD = self.start_thought.expand(B, 1, P, -1)
         for t in range(T):
+            # read the newest token of every thought, all positions in one pass
             context.begin_pass(n_new=1, n_thoughts=x_BNPD.shape[1])
             hidden_BSD = self.model.transform(x_BNPD.flatten(1, 2), context)
             hidden_BNPD = hidden_BSD.view(x_BNPD.shape).expand(-1, N, -1, -1)
             # one_pass.py learns from these states; without gradients nobody needs them
             if torch.is_grad_enabled():
                 states.append(hidden_BNPD[:, :, :, None])
+            # sample the token after it, which the next pass reads
             uniform_R = None if uniform_BNPT is None else uniform_BNPT[..., t].flatten()
             token_R, nll_R = sample_tokens(hidden_BNPD.flatten(0, 2), self.model.head.weight,
                                            uniform_R, self.config.marker_ids)

@@ -53,12 +53,8 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """Invert `encode`. Special tokens give no text; an id without text shows as <|id|>."""
-        stream = self.stream()
+        stream = Stream(self)
         return "".join(map(stream.push, ids)) + stream.flush()
-
-    def stream(self) -> "Stream":
-        """Return a decoder that takes one id at a time."""
-        return Stream(self)
 
     def copy_to(self, folder):
         """Write the file into `folder`, under a name that `load_tokenizer` finds there first."""

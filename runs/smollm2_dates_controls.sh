@@ -49,8 +49,8 @@ one_seed() {
   score shuffled thinking $1 without_reasoning --thoughts=shuffled
 
   # The base that counts aloud; combinations of the training lines
-  for how in aloud aloud_sampled; do
-    score base-$how base $1 without_reasoning --thoughts=$how --thought_len=9
+  for how in own sampled; do
+    score base-aloud-$how base $1 without_reasoning --aloud --thought_len=9 --thoughts=$how
   done
   score plain-seen plain $1 seen_combinations
   score thinking-seen thinking $1 seen_combinations

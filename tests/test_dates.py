@@ -1,6 +1,7 @@
 """tasks/dates.py: every answer is right, nothing held out is in a training line."""
 import datetime
 import functools
+import json
 import re
 from collections import Counter
 
@@ -137,14 +138,15 @@ def test_the_command_line_writes_the_corpora_and_eval_scores_their_answers(folde
     assert status == 0 and len(out.splitlines()) == len(list(tmp_path.glob("*/meta.json"))) == 3
     save_model(tiny_mistral(vocab_size=tokenizer.vocab_size), tmp_path / "m", tokenizer=tokenizer)
     options = f"--checkpoint={tmp_path / 'm'}", f"--data={tmp_path / 'without_reasoning'}"
-    status, out, _ = call(evaluate, *options, "--task=dates", "--thoughts=aloud", "--thought_len=2")
+    status, out, _ = call(evaluate, *options, "--task=dates", "--aloud", "--thought_len=2")
     assert status == 0 and "reasoning_is_right" in out
-    status, _, error = call(evaluate, *options, "--task=dates", "--thoughts=aloud")
+    status, _, error = call(evaluate, *options, "--task=dates", "--aloud")
     assert status == 2 and "--thought_len" in error
-    greedy, sampled = (call(evaluate, *options, "--task=dates", f"--thoughts={how}",
-                            "--thought_len=2", f"--out={tmp_path}/{how}.json")[0]
-                       for how in ("aloud", "aloud_sampled"))
-    assert greedy == sampled == 0
-    assert (tmp_path / "aloud.json").read_text() != (tmp_path / "aloud_sampled.json").read_text()
+    found = []
+    for how in ("own", "sampled"):
+        assert call(evaluate, *options, "--task=dates", "--aloud", "--thought_len=2",
+                    f"--thoughts={how}", f"--out={tmp_path}/answers.json")[0] == 0
+        found.append(json.loads((tmp_path / "answers.json").read_text())["clusters"]["nll_mixed"])
+    assert found[0] != found[1]
     status, _, error = call(dates, f"--tokenizer={folder}", f"--out={tmp_path}", "--lines=0")
     assert status == 2 and "--lines=0 is below 1" in error

@@ -17,7 +17,7 @@ import data
 import tokenizer as tokenizers
 from config import UserError
 from data import train_tokenizer
-from tokenizer import dash_id, has_tokenizer, load_tokenizer
+from tokenizer import Stream, dash_id, has_tokenizer, load_tokenizer
 from tools.show import START_THOUGHT
 
 DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[1] / "../shared/data"))
@@ -124,7 +124,7 @@ def test_decode_inverts_encode(tokenizer, text):
 @every_kind
 def test_streaming_equals_decoding_and_never_shows_half_a_character(tokenizer):
     text = "".join(TEXTS).replace("\ufffd", "")
-    stream, ids = tokenizer.stream(), tokenizer.encode(text)
+    stream, ids = Stream(tokenizer), tokenizer.encode(text)
     shown = [stream.push(id) for id in ids]
     assert "".join(shown) + stream.flush() == text
     assert "\ufffd" not in "".join(shown)
@@ -135,20 +135,20 @@ def test_streaming_equals_decoding_for_ids_that_are_not_text(tokenizer):
     rng = random.Random(0)
     for _ in range(200):
         ids = [rng.randrange(-3, tokenizer.vocab_size + 5) for _ in range(8)]
-        stream, decoded = tokenizer.stream(), tokenizer.decode(torch.tensor(ids))
+        stream, decoded = Stream(tokenizer), tokenizer.decode(torch.tensor(ids))
         assert "".join(map(stream.push, ids)) + stream.flush() == decoded
 
 
 @every_kind
 def test_half_a_character_at_the_end_is_flushed_as_one_replacement(tokenizer):
-    stream, ids = tokenizer.stream(), tokenizer.encode("a\U00042000")
+    stream, ids = Stream(tokenizer), tokenizer.encode("a\U00042000")
     shown = "".join(map(stream.push, ids[:-1]))
     assert (shown, stream.flush()) == ("a", "\ufffd")
 
 
 @pytest.mark.parametrize("tokenizer", KINDS + ["words"], indirect=True)
 def test_text_that_follows_a_pushed_prompt_keeps_its_space(tokenizer):
-    stream, prompt = tokenizer.stream(), tokenizer.encode("ball a")
+    stream, prompt = Stream(tokenizer), tokenizer.encode("ball a")
     for id in prompt:
         stream.push(id)
     rest = tokenizer.encode("ball a b b")[len(prompt):]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from config import printable
+from tokenizer import Stream
 
 START_THOUGHT = "<|startthought|>"        # how a start marker is shown
 N_LIKELIEST = 5                           # predictions kept of each token
@@ -39,7 +40,7 @@ class TextStream:
     character and a possible beginning of the stop string wait until more is known. Neither the stop
     string nor the end-of-text token is part of the text."""
     def __init__(self, tokenizer, prompt_ids, stop: str = ""):
-        self.tokenizer, self.decoder = tokenizer, tokenizer.stream()
+        self.tokenizer, self.decoder = tokenizer, Stream(tokenizer)
         self.stop, self.ended = stop, False
         self.prompt = [Token(int(i), self.decoder.push(i)) for i in prompt_ids]
         self.tokens, self.waiting = [], []
