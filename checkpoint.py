@@ -353,11 +353,12 @@ def _transfer_moments(model, optimizer, step: int, folder: Path, dist: Distribut
             state["step"] = torch.full((), float(step), device=p.device)
             state |= {key: torch.zeros_like(p) for key in MOMENTS}
         tensors |= {f"{name}.{key}": state[key] for key in MOMENTS}
+    file_of = {name: 1 + i // 18 for i, name in enumerate(tensors)}   # small ones: each is copied
     common = dict(state_dict=tensors, no_dist=dist.strategy == "none")
     try:
         with warnings.catch_warnings(action="ignore"):       # about a process that is alone
             if save:
-                writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+                writer = dcp.HuggingFaceStorageWriter(str(folder), file_of, save_distributed=True)
                 dcp.save(storage_writer=writer, **common)
             else:
                 dcp.load(storage_reader=dcp.HuggingFaceStorageReader(str(folder)), **common)

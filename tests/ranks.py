@@ -50,6 +50,22 @@ def train_with_files_below(n_bytes, *argv):
     train(*argv)
 
 
+def train_with_moments_below(n_bytes, *argv):
+    """As on a disk that is full once the weights are on it."""
+    transfer = checkpoint._transfer_moments
+
+    def transfer_to_a_full_disk(*args, save):
+        whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if save:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(n_bytes), whole[1]))
+        try:
+            transfer(*args, save=save)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+    checkpoint._transfer_moments = transfer_to_a_full_disk
+    train(*argv)
+
+
 class Exchanges(TorchDispatchMode):
     """How often ranks exchanged what."""
     def __init__(self):

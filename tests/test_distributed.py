@@ -224,10 +224,10 @@ def test_a_full_disk_stops_the_save_in_one_line_and_leaves_the_former_checkpoint
         game, layouts, tmp_path, layout):
     out = copy_at(layouts / layout, 3, tmp_path / "run")
     argv = "--init_from=resume", f"--parallel={layout}", f"--out={out}"
-    weights_only = (out / "step-000003" / "model.safetensors").stat().st_size + 10
-    full = [{"ranks": [["train_with_files_below", str(n), *argv], ["train", *argv]]}
-            for n in (5000, weights_only)] + [
-            {"ranks": [["train", *argv], ["train_with_files_below", "5000", *argv]]}]
+    weights, moments = "train_with_files_below", "train_with_moments_below"
+    full = [{"ranks": [[weights, "5000", *argv], ["train", *argv]]},
+            {"ranks": [[moments, "500", *argv], ["train", *argv]]},
+            {"ranks": [["train", *argv], [moments, "500", *argv]]}]
     for n, job in enumerate(launch(*full)):
         line = only_line(job | {"output": [text.replace(f"going on from {out}/step-000003\n", "")
                                            for text in job["output"]]})

@@ -25,7 +25,7 @@ TOY = ("--thought_len=2", "--n_thoughts=2", "--n_true=2", "--policy_weight=1",
        "--warmup=2", "--eval_texts=8", "--steps=6", "--save_every=3", "--eval_every=3")
 
 
-SHARES = "optimizer/shard-00001-model-00001-of-00001.safetensors"      # of one rank's optimizer
+SHARES = "optimizer/shard-00001-model-00001-of-00003.safetensors"      # of one rank's optimizer
 
 
 def toy(game, out, *changes):
@@ -291,6 +291,7 @@ def test_only_the_last_two_checkpoints_are_kept(call, game, tmp_path):
     kept = sorted(p.name for p in (tmp_path / "run").glob("step-*"))
     assert kept == ["step-000004", "step-000006"]
     assert (tmp_path / "run" / "latest").read_text() == "step-000006"
+    assert len(list((tmp_path / "run" / "step-000006" / "optimizer").iterdir())) == 3  # small files
 
 
 def test_checkpoints_are_a_runs_own_in_the_order_of_their_steps(tmp_path):
