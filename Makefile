@@ -1,6 +1,6 @@
 # make demo       a small Mistral learns to think: 6 minutes on two cores, no GPU
 # make smollm2    a real language model on disk, SmolLM2-135M, and a word of it: a minute
-# make dates      that model learns to think: 14 to 22 minutes on two cores
+# make dates      that model learns to think: 16 to 24 minutes on two cores
 # make test       the tests of all but tasks and tools, with the core packages and pytest alone
 # make test-all   every test, with the libraries that are compared with and a browser (.ci/run)
 

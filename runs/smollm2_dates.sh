@@ -1,8 +1,8 @@
 #!/bin/sh
 # A real language model learns to think, on two CPU cores: `make dates`. The text is ordinary English
-# whose last word needs counting days (tasks/dates.py); chance is one weekday in seven. 14 minutes
-# where the processor multiplies bf16, 22 where not, estimated from its steps; 5 GB of memory. A stage
-# whose output exists is skipped, and one that was stopped goes on.
+# whose last word needs counting days (tasks/dates.py); chance is one weekday in seven. 16 minutes
+# where the processor multiplies bf16, and where not 24 (estimated); 5 GB of memory. A stage whose
+# output exists is skipped, and one that was stopped goes on.
 set -e
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" SEED="${SEED:-0}"
