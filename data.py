@@ -38,9 +38,10 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-def uniform_by_text(ids_BL, position_BP, thought_len):
-    """Numbers in [0, 1) for thoughts, [B, 1, P, T], keyed by each text up to its last position."""
-    shape = 1, position_BP.shape[1], thought_len
+def uniform_by_text(ids_BL, position_BP, config):
+    """Numbers in [0, 1) for thoughts, [B, N, P, T], keyed by each text up to its last position."""
+    n_positions = position_BP.shape[1]
+    shape = config.n_thoughts, n_positions, config.thought_len
     last_B = position_BP.amax(1)
     drawn = []
     for ids_L, last in zip(ids_BL, last_B):

@@ -49,6 +49,7 @@ class EvalConfig:
     max_new_tokens: int = 384             # tokens of a chain of thought (official code: 384)
     seed: int = 0                         # seed of the votes
     thoughts: Literal[THOUGHTS] = "own"   # see scoring.py
+    n_thoughts: int = 1                   # sampled thoughts whose predictions are averaged
     aloud: bool = False                   # thoughts are text of the base, between em dashes
     thought_len: int | None = None        # tokens of a thought; default: as trained
     batch_size: int = 16                  # texts in a batch
@@ -69,6 +70,9 @@ class EvalConfig:
             raise UserError("--votes with --thoughts=shuffled: new text has no others to take")
         if self.asks_questions and (self.aloud or self.thoughts == "sampled"):
             raise UserError("--aloud and --thoughts=sampled are for text (--data)")
+        if self.n_thoughts > 1 and self.thoughts != "sampled":
+            raise UserError(f"--n_thoughts={self.n_thoughts} would all be alike: give "
+                            "--thoughts=sampled")
         if self.aloud and not self.thought_len:
             raise UserError("--aloud needs --thought_len=TOKENS")
         if 0 < self.temperature < 0.01:
@@ -78,7 +82,7 @@ class EvalConfig:
         if self.out and (Path(self.out).suffix == ".jsonl" or Path(self.out).is_dir()):
             raise UserError(f"--out={self.out}: name a json file (the answers' own is .jsonl)")
         config.check_ranges(self, texts=1, seq_len=2, max_new_tokens=1, batch_size=1,
-                            votes=(0, 10_000), temperature=(0, 100))
+                            n_thoughts=(1, 1024), votes=(0, 10_000), temperature=(0, 100))
 
     @property
     def asks_questions(self) -> bool:
@@ -126,6 +130,8 @@ def main():
         if not thinks(model):
             raise UserError(f"--thought_len={cfg.thought_len}: {cfg.checkpoint} does not think")
         model.config = replace(model.config, thought_len=cfg.thought_len)
+    if thinks(model):
+        model.config = replace(model.config, n_thoughts=cfg.n_thoughts)
 
     # score, on this rank's share of the batches
     out = cfg.out

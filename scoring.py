@@ -2,13 +2,14 @@
 
 There are four ways of giving thoughts, the same for every evaluation:
   own        one greedy thought (argmax) at each chosen position, and at no other
-  sampled    one at temperature 1 instead, as in training
+  sampled    at temperature 1 instead, as in training: the mean of N predictions
   shuffled   the thought of another text of the batch: a control
   none       the base model alone
 
 Shapes: those of thoughts.py, and R chosen positions of all texts of a batch.
 """
 import importlib
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -93,7 +94,7 @@ def pack_positions(where_BL):
 @torch.no_grad()
 def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
     """States from which the R real positions predict: base_RD, mixed_RD (base_RD itself if nobody
-    thinks), mixing weight_R, thought_RT."""
+    thinks, [R, N, D] after N sampled thoughts), mixing weight_R, thought_RT (the first)."""
     if not thinks(model, thoughts):
         check_context(model, ids_BL.shape[1], n_true=None)
         context = CausalContext(every_position(ids_BL, last=True))
@@ -105,15 +106,15 @@ def states_at(model, ids_BL, position_BP, real_BP, thoughts="own"):
     check_context(model, ids_BL.shape[1])
     randoms = {}
     if thoughts == "sampled":
-        randoms["uniform_BNPT"] = uniform_by_text(ids_BL, position_BP, model.config.thought_len)
+        randoms["uniform_BNPT"] = uniform_by_text(ids_BL, position_BP, model.config)
     base_BPD, mixed_BNPD, weight_BNP, thought_BNPT = model.predict(ids_BL, position_BP, **randoms)
     thought_BPT = thought_BNPT[:, 0]
     if thoughts == "shuffled":
         others = of_another_text(real_BP.nonzero()[:, 0])
         thought_BPT[real_BP] = thought_BPT[real_BP][others]
         _, mixed_BNPD, weight_BNP, _ = model.predict(ids_BL, position_BP, thought_BNPT=thought_BNPT)
-    mixed_RD = mixed_BNPD[:, 0][real_BP]
-    weight_R = weight_BNP[:, 0][real_BP]
+    mixed_RD = mixed_BNPD.transpose(1, 2)[real_BP].squeeze(1)
+    weight_R = weight_BNP.mean(dim=1)[real_BP]
     return base_BPD[real_BP], mixed_RD, weight_R, thought_BPT[real_BP]
 
 
@@ -159,14 +160,27 @@ def answer_logits(model, texts, thoughts="own"):
         yield base_SV, mixed_SV, weight_S
 
 
+def mean_prediction(model, hidden):
+    """Logits of the next token from states [R, D]; from [R, N, D], after N thoughts each, the log
+    of the mean of the N probabilities, which is a proper score."""
+    *shape, _ = hidden.shape
+    logits = logits_without_markers(model, hidden.flatten(0, -2)).unflatten(0, shape)
+    if len(shape) == 1:
+        return logits
+    logp_RNV = logits.log_softmax(-1)
+    return logp_RNV.logsumexp(dim=1) - math.log(shape[1])
+
+
 @torch.no_grad()
 def score_targets(model, hidden_RD, target_R, candidates=None, temperatures=()):
     """For each target token: its nll (nats), whether it is the argmax (of `candidates`, if given),
     the entropy of the prediction (nats), and its nll at each of `temperatures`, [R, k]."""
     found = []
-    for hidden_RD, target_R in zip(hidden_RD.split(CHUNK), target_R.split(CHUNK)):
+    n_thoughts = math.prod(hidden_RD.shape[1:-1])
+    size = max(1, CHUNK // n_thoughts)
+    for hidden_RD, target_R in zip(hidden_RD.split(size), target_R.split(size)):
         target_R1 = target_R[:, None]
-        logits_RV = logits_without_markers(model, hidden_RD)
+        logits_RV = mean_prediction(model, hidden_RD)
         logp_RV = logits_RV.log_softmax(-1)
         nll_R = -logp_RV.gather(1, target_R1)[:, 0]
         entropy_R = torch.special.entr(logp_RV.exp()).sum(-1)

@@ -92,6 +92,7 @@ def test_a_mistake_is_one_line(call, game, tmp_path):
             ([f"--checkpoint={tmp_path}", "--task=gsm8k"], "--file=FILE"),
             ([f"--checkpoint={tmp_path}", "--data=x", "--thoughts=mine"],
              "--thoughts: 'mine' is not one of own, sampled, shuffled, none (see"),
+            ([f"--checkpoint={tmp_path}", "--data=x", "--n_thoughts=2"], "--thoughts=sampled"),
             ([f"--checkpoint={tmp_path}", "--data=x", "--task=riddles"], "task 'riddles' is not one of"),
             ([f"--checkpoint={tmp_path}/plain", data, "--thought_len=2"], "plain does not think")):
         status, _, stderr = call(evaluation, *argv)

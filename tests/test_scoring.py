@@ -1,4 +1,5 @@
 """Scoring: which tokens are scored, from which states, and that batches change nothing."""
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 import config
-from data import TokenFile
+from data import TokenFile, uniform_by_text
 from model import CausalContext
 from config import UserError
 from scoring import ReasonsAloud, of_another_text, pack_positions, score_positions, score_targets, score_texts
@@ -77,6 +78,25 @@ def test_sampled_thoughts_are_as_frequent_as_they_are_likely():
     counted_V = np.bincount(sampled.thought[:, 0], minlength=p_BV.shape[1])
     sd_V = (p_BV * (1 - p_BV)).sum(0) ** 0.5
     assert (abs(counted_V - p_BV.sum(0)) < 4.5 * sd_V).all()
+
+
+def test_several_thoughts_predict_by_the_mean_of_their_probabilities():
+    quiet, ids_BL, where_BL = tiny_quiet(n_thoughts=3), texts(3, 8), some_positions()
+    scores = score(quiet, ids_BL, where_BL, thoughts="sampled")
+    position_BP, real_BP = pack_positions(where_BL)
+    uniform_BNPT = uniform_by_text(ids_BL, position_BP, quiet.config)
+    _, mixed_BNPD, weight_BNP, _ = quiet.predict(ids_BL, position_BP, uniform_BNPT)
+    p_RV = quiet.model.head(mixed_BNPD).softmax(-1).mean(1)[real_BP].detach()
+    target_R = ids_BL.roll(-1, 1)[where_BL]
+    expected_R = -p_RV.gather(1, target_R[:, None])[:, 0].log()
+    np.testing.assert_allclose(scores.nll_mixed, expected_R, rtol=1e-4, atol=1e-5)
+    assert scores.right_mixed.tolist() == (p_RV.argmax(-1) == target_R).tolist()
+    np.testing.assert_allclose(scores.mixing_weight, weight_BNP.mean(1)[real_BP].detach(), rtol=1e-5)
+    # the first of them is the one that is drawn alone
+    quiet.config = replace(quiet.config, n_thoughts=1)
+    alone = score(quiet, ids_BL, where_BL, thoughts="sampled")
+    assert alone.thought.tolist() == scores.thought.tolist()
+    assert (alone.nll_mixed != scores.nll_mixed).all()
 
 
 def test_a_text_has_the_same_sampled_thoughts_in_any_batch():
