@@ -15,7 +15,8 @@
   base, mixed      prediction without a thought, and mixed with one            p_init, p_talk
   mixing_weight    0: base only, 1: thought only                               1 - w, talk_head
   reward           nats by which a thought raised the log-likelihood of the true tokens
-  advantage        reward minus the mean over all N thoughts of the position, clamped at 0
+  advantage        reward minus the mean over all N thoughts of the position, clamped at 0; or
+                   minus the mean over the N - 1 others, with its sign
   branch           M = T + A + 1 tokens of a position: start marker, thought, end marker, true ones
 
 Shapes: those of model.py, N, T, A and M as above, and P positions that think.
@@ -23,12 +24,13 @@ Shapes: those of model.py, N, T, A and M as above, and P positions that think.
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 from torch import nn
 
 from attention import GrowingContext, PackedContext
-from config import check_ranges
+from config import UserError, check_ranges
 from lm_head import chunked_cross_entropy, entropy_of, logits_of, sample_tokens
 from model import CausalContext, Mistral
 
@@ -42,12 +44,15 @@ class ThoughtConfig:
     policy_weight: float = 1e6        # weight of the REINFORCE loss (official code)
     policy_temperature: float = 3.0   # temperature of the softmax in REINFORCE (official code)
     base_weight: float = 0.5          # weight of the base likelihood; the mixed one has the rest
+    advantage: Literal["clamped", "leave_one_out"] = "clamped"  # official, or signed and unbiased
     filler: bool = False              # control experiment: every thought token is the start marker
     marker_ids: tuple[int, ...] = ()  # vocabulary rows of the markers, if any; never sampled
 
     def __post_init__(self):
         check_ranges(self, thought_len=(0, 4096), n_thoughts=(1, 4096), n_true=(1, 4096),
                      policy_weight=(0, 1e9), policy_temperature=(1e-3, 1000), base_weight=(0, 1))
+        if self.advantage == "leave_one_out" and self.n_thoughts < 2:
+            raise UserError("--advantage=leave_one_out compares thoughts: raise --n_thoughts")
 
 
 @dataclass
@@ -154,12 +159,17 @@ class QuietSTaR(nn.Module):
         reward_BNP = (base_nll_BPA[:, None] - mixed_nll_BNPA).sum(dim=-1)
         baseline_B1P = reward_BNP.mean(dim=1, keepdim=True)          # dim 1: thoughts
         policy_mask_BP = position_BP <= ids_BL.shape[1] - 2 - cfg.n_true     # as the official code
-        advantage_BNP = (reward_BNP - baseline_B1P).clamp(min=0) * policy_mask_BP[:, None]
+        advantage_BNP = (reward_BNP - baseline_B1P) * policy_mask_BP[:, None]
+        if cfg.advantage == "clamped":
+            advantage_BNP = advantage_BNP.clamp(min=0)
+        else:                                            # against the mean of the others
+            N = reward_BNP.shape[1]
+            advantage_BNP = advantage_BNP * (N / max(1, N - 1))
 
         #    REINFORCE: raise log p of the thoughts that helped, in proportion to the advantage
-        helped_BNP = (advantage_BNP > 0) & (not cfg.filler)
+        learns_BNP = (advantage_BNP != 0) & (not cfg.filler)
         policy_loss, _ = masked_cross_entropy(
-            before_BNPTD, head_VD, target=thought_BNPT, mask=helped_BNP[..., None],
+            before_BNPTD, head_VD, target=thought_BNPT, mask=learns_BNP[..., None],
             weight=advantage_BNP[..., None] / (n_rewards * max(1, cfg.thought_len)),
             temperature=cfg.policy_temperature, masked_ids=cfg.marker_ids)
 

@@ -269,11 +269,14 @@ def gradient(quiet, *args, **kwargs):
     return {name: p.grad.clone() for name, p in quiet.named_parameters()}
 
 
-def test_the_policy_gradient_equals_exact_enumeration():
+@pytest.mark.parametrize("advantage", ["clamped", "leave_one_out"])
+def test_the_policy_gradient_equals_exact_enumeration(advantage):
     """All pairs of one-token thoughts over a vocabulary of 4, each with its probability; the
-    sampler reaches a token by the uniform number in the middle of its stretch."""
+    sampler reaches a token by the uniform number in the middle of its stretch. Signed and against
+    the other thought alone, it is minus the gradient of the expected reward: unbiased."""
     V = 4
-    quiet = tiny_quiet(model=dict(vocab_size=V), thought_len=1, n_true=1, policy_temperature=1.0)
+    quiet = tiny_quiet(model=dict(vocab_size=V), thought_len=1, n_true=1, policy_temperature=1.0,
+                       advantage=advantage)
     ids_BL = texts(1, 3, vocab_size=V)                       # REINFORCE looks at position 0 alone
     valid_BL = torch.ones_like(ids_BL).bool()
     said_SD = torch.stack([*quiet.model.embed(ids_BL[0, :1]), quiet.start_thought])
@@ -295,6 +298,8 @@ def test_the_policy_gradient_equals_exact_enumeration():
             gain = abs(reward_V[y] - reward_V[z]) / 2             # of the better one over the mean
             better = y if reward_V[y] > reward_V[z] else z
             expected_loss += p_V[y] * p_V[z] * gain * -logp_V[better] / 2          # mean over N = 2
+    if advantage == "leave_one_out":
+        expected_loss = -(logp_V.exp() * torch.tensor(reward_V)).sum()
     quiet.zero_grad()
     expected_loss.backward()
     expected = {name: p.grad.clone() for name, p in quiet.named_parameters() if p.grad is not None}
@@ -313,6 +318,19 @@ def test_the_policy_gradient_equals_exact_enumeration():
     for name, total in sums.items():
         torch.testing.assert_close(total, expected.get(name, torch.zeros_like(total)),
                                    rtol=1e-3, atol=1e-6)
+
+
+def test_how_far_the_clamped_advantage_is_from_unbiased():
+    """N = 2: the clamped gradient points to where the unbiased one does only roughly."""
+    p_V = torch.tensor([0.6, 0.3, 0.1])
+    reward_V = torch.tensor([0.0, 1.0, 2.0])
+    score_VV = torch.eye(3) - p_V                            # d log p[y] / d logits
+    unbiased = (p_V * (reward_V - (p_V * reward_V).sum())) @ score_VV
+    clamped = sum(p_V[y] * p_V[z] * (reward_V[y] - reward_V[z]).clamp(min=0) / 2 * score_VV[y]
+                  for y in range(3) for z in range(3))
+    cosine = torch.cosine_similarity(unbiased, clamped, dim=0)
+    assert float(cosine) == pytest.approx(0.994, abs=1e-3)
+    assert float(clamped.norm() / unbiased.norm()) == pytest.approx(0.33, abs=5e-3)
 
 
 def test_micro_batches_with_unequal_padding_equal_one_batch():
