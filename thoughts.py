@@ -114,7 +114,7 @@ class QuietSTaR(nn.Module):
         return self
 
     def forward(self, ids_BL, valid_BL, position_BP=None, uniform_BNPT=None, thought_BNPT=None,
-                counts=None, n_uncertain=None) -> Losses:
+                counts=None, n_chosen=None, probe_D=None) -> Losses:
         """The training objective of one micro-batch.
 
         valid_BL      which tokens are text; the others are padding
@@ -122,11 +122,12 @@ class QuietSTaR(nn.Module):
         uniform_BNPT  numbers in [0, 1) that decide the sampled tokens; default: argmax
         thought_BNPT  thoughts to use instead of sampling
         counts        `denominators` of the whole step; default: of this micro-batch
-        n_uncertain   think at so many positions of each text, where the base is least certain"""
+        n_chosen      think at so many positions of each text, where the base is least certain
+        probe_D       instead, where this probe of the base state is highest (tools/gate.py)"""
         cfg, head_VD = self.config, self.model.head.weight
         # which positions think, and by what the averages over them are divided
-        if n_uncertain:
-            position_BP = self.uncertain_positions(ids_BL, valid_BL, n_uncertain)
+        if n_chosen:
+            position_BP = self.choose_positions(ids_BL, valid_BL, n_chosen, probe_D)
         all_positions = position_BP is None
         if all_positions:
             position_BP = every_position(ids_BL)
@@ -182,14 +183,18 @@ class QuietSTaR(nn.Module):
             policy_mask_BP=policy_mask_BP, denominators=counts)
 
     @torch.no_grad()
-    def uncertain_positions(self, ids_BL, valid_BL, n: int):
-        """The n positions of each text, rising, whose base prediction has the highest entropy,
-        [B, n]; those without a next token come last."""
+    def choose_positions(self, ids_BL, valid_BL, n: int, probe_D=None):
+        """The n positions of each text, rising, whose base prediction has the highest entropy or,
+        given a probe, the highest expected gain, [B, n]; those without a next token come last."""
         hidden_BLD = self.model(ids_BL, CausalContext(every_position(ids_BL, last=True)))
+        hidden_RD = hidden_BLD[:, :-1].flatten(0, 1)
+        if probe_D is None:
+            score_R = entropy_of(hidden_RD, self.model.head.weight)
+        else:
+            score_R = (hidden_RD.float() * probe_D.to(hidden_RD.device)).sum(dim=-1)
         has_next_BP = valid_BL[:, 1:]
-        entropy_R = entropy_of(hidden_BLD[:, :-1].flatten(0, 1), self.model.head.weight)
-        entropy_BP = entropy_R.view(has_next_BP.shape).masked_fill(~has_next_BP, -1)
-        highest_first_BP = entropy_BP.argsort(dim=1, descending=True, stable=True)
+        score_BP = score_R.view(has_next_BP.shape).masked_fill(~has_next_BP, -torch.inf)
+        highest_first_BP = score_BP.argsort(dim=1, descending=True, stable=True)
         return highest_first_BP[:, :n].sort(dim=1).values
 
     def sample_and_read(self, ids_BL, position_BP, uniform_BNPT, thought_BNPT, all_positions: bool):

@@ -53,8 +53,9 @@ class TrainConfig:
     weight_decay: float = 0.001       # AdamW weight decay of matrices (official code: 0.001)
     beta2: float = 0.999              # AdamW decay rate of the second moment
     grad_clip: float = 1.0            # largest norm of the whole gradient (official code: 1)
-    positions: Literal["all", "random", "uncertain"] = "all"  # that think: uncertain, by entropy
+    positions: Literal["all", "random", "uncertain", "gate"] = "all"  # that think
     think_share: float = 1.0          # share of the positions, if they are not all
+    gate: str = ""                    # file that tools.gate wrote, for --positions=gate
     recompute: int = 0                # activation checkpointing of every n-th block; 0 none, 1 all
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of the matrix products
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
@@ -72,7 +73,9 @@ class TrainConfig:
                             eval_texts=1, save_every=1)
         if self.positions == "all" and self.think_share < 1:
             raise UserError(f"--think_share={self.think_share} of which positions? Choose "
-                            "--positions=random or uncertain")
+                            "--positions=random, uncertain or gate")
+        if (self.positions == "gate") != bool(self.gate):
+            raise UserError("--positions=gate needs --gate=FILE (tools/gate.py), and others none")
         if not self.out or not self.data:
             raise UserError("--out=FOLDER and --data=FOLDER are needed (data.py makes the data)")
 
@@ -82,6 +85,7 @@ class TrainConfig:
         return math.ceil(self.think_share * (self.seq_len - 1))
 
 
+CHOSEN = "uncertain", "gate"          # positions that the model chooses
 MAY_CHANGE = {                        # of a run that is resumed: how long, how often, and where
     "data", "steps", "min_lr", "eval_every", "eval_texts", "eval_task", "save_every", "out",
     "device", "parallel", "grad_accum", "recompute"}
@@ -104,6 +108,15 @@ def build_model(cfg: TrainConfig, model_cfg, thought_cfg, tokenizer, resumed):
     if isinstance(model, QuietSTaR):
         return model
     return checkpoint.add_thoughts(base, thought_cfg, dash_id(tokenizer), generator)
+
+
+def load_probe(file, dim: int):
+    """The probe of a gate that tools/gate.py wrote; its threshold does not matter here."""
+    probe_D = torch.tensor(config.read_json(file, {"probe": [float]})["probe"])
+    if len(probe_D) != dim:
+        raise UserError(f"{file} is a gate of width {len(probe_D)}, the model's is {dim}: fit one "
+                        "to this model (tools/gate.py)")
+    return probe_D
 
 
 def build_optimizer(model, cfg: TrainConfig):
@@ -284,6 +297,11 @@ def main():
     dtype = getattr(torch, cfg.dtype)
     wrapped = distributed.parallelize(objective, dist, dtype)
 
+    probe_D = None
+    if cfg.gate:                      # a resumed run goes on with its copy
+        file = out / "gate.json" if resumed else cfg.gate
+        probe_D = load_probe(file, base_model(model).config.dim)
+
     # optimizer
     optimizer = build_optimizer(model, cfg)
 
@@ -293,6 +311,8 @@ def main():
         if dist.is_main:
             config.say(f"going on from {resumed}")
     log = RunLog(out, step, dist.is_main)
+    if cfg.gate and dist.is_main and not resumed:
+        config.write_text(out / "gate.json", config.read_text(cfg.gate))
     saved_at = step if state else -1
     autocast = torch.autocast(dist.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -331,8 +351,8 @@ def main():
             inputs = thought_randoms(cfg, thought_cfg, step, rows[i]) if is_quiet else {}
             inputs |= dict(ids_BL=ids_BL, valid_BL=valid_BL, counts=counts)
             inputs = {name: tensor.to(dist.device) for name, tensor in inputs.items()}
-            if is_quiet and cfg.positions == "uncertain" and cfg.n_positions < cfg.seq_len - 1:
-                inputs["n_uncertain"] = cfg.n_positions
+            if is_quiet and cfg.positions in CHOSEN and cfg.n_positions < cfg.seq_len - 1:
+                inputs |= dict(n_chosen=cfg.n_positions, probe_D=probe_D)
             # gradients are exchanged once a step, after the last micro-batch
             distributed.set_gradient_sync(wrapped, dist, i == len(texts) - 1)
             with autocast:

@@ -8,7 +8,8 @@ import torch
 
 import sample
 import scoring
-from checkpoint import load_for_inference, save_model
+import train
+from checkpoint import find_checkpoint, load_for_inference, load_model, save_model
 from config import UserError
 from data import TokenFile
 from tokenizer import load_tokenizer
@@ -121,6 +122,34 @@ def test_a_gate_of_a_probe_scores_the_state_alone():
     base_RD, probe_D = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.ones(4)
     opened = Gate(0.5, probe_D, 0.25).opens(base_RD, None)
     assert opened.tolist() == [float(state_D.sum()) + 0.25 >= 0.5 for state_D in base_RD]
+
+
+def test_training_thinks_where_a_gate_says_and_a_resumed_run_keeps_its_gate(
+        call, checkpoint, game, tmp_path):
+    text, file = f"--data={game}/without_reasoning", tmp_path / "gate.json"
+    assert call(gate, f"--checkpoint={checkpoint}", text, "--texts=60", f"--out={file}")[0] == 0
+    options = (text, f"--init_from={checkpoint}", "--positions=gate", "--think_share=0.3",
+               "--batch_size=4", "--seq_len=12", "--lr=1e-2", "--warmup=1", "--eval_every=0")
+
+    def weights(run, *argv):
+        status, _, stderr = call(train, f"--out={tmp_path}/{run}", *argv)
+        assert status == 0, stderr
+        return load_model(find_checkpoint(tmp_path / run)).state_dict()
+    whole = weights("whole", *options, f"--gate={file}", "--steps=4")
+    weights("part", *options, f"--gate={file}", "--steps=2")
+    gate_of = json.loads(file.read_text())
+    file.write_text(json.dumps(gate_of | {"probe": [-x for x in gate_of["probe"]]}))
+    resumed = weights("part", "--init_from=resume", "--steps=4")      # with the gate it began with
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    other = weights("other", *options, f"--gate={file}", "--steps=4")
+    assert not all(torch.equal(whole[name], other[name]) for name in whole)
+    (tmp_path / "short.json").write_text(json.dumps(gate_of | {"probe": gate_of["probe"][1:]}))
+    for argv, words in (([], "needs --gate=FILE"), (["--gate=0.5"], "cannot read"),
+                        ([f"--gate={tmp_path}/short.json"], "fit one to this model"),
+                        ([f"--gate={file}", "--positions=random"], "and others none")):
+        status, _, stderr = call(train, f"--out={tmp_path}/new", *options, *argv, "--steps=1")
+        assert status == 2 and words in stderr and stderr.count("\n") == 1, stderr
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("value, words", [

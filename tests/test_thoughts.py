@@ -454,20 +454,24 @@ def test_the_mean_weight_is_over_the_true_tokens_that_exist():
     torch.testing.assert_close(losses.metrics()["thought/mixing_weight"].float(), mean)
 
 
-def test_uncertain_positions_are_those_of_the_highest_entropy_and_padding_comes_last():
+@pytest.mark.parametrize("by", ["entropy", "probe"])
+def test_chosen_positions_are_those_of_the_highest_score_and_padding_comes_last(by):
     quiet, ids_BL = tiny_quiet(), texts(3, 9)
+    probe_D = torch.randn(16, generator=torch.Generator().manual_seed(3)) if by == "probe" else None
     valid_BL = torch.arange(9) < torch.tensor([9, 6, 3])[:, None]
-    found_BP = quiet.uncertain_positions(ids_BL, valid_BL, 4)
-    logits_BLV = quiet.model.head(quiet.model(ids_BL, CausalContext(torch.arange(9).expand(3, 9))))
-    entropy_BL = torch.distributions.Categorical(logits=logits_BLV).entropy()
-    for ids, positions, length, entropy_L in zip(ids_BL, found_BP.tolist(), (9, 6, 3), entropy_BL):
+    found_BP = quiet.choose_positions(ids_BL, valid_BL, 4, probe_D)
+    hidden_BLD = quiet.model(ids_BL, CausalContext(torch.arange(9).expand(3, 9)))
+    score_BL = torch.distributions.Categorical(logits=quiet.model.head(hidden_BLD)).entropy()
+    if by == "probe":
+        score_BL = hidden_BLD @ probe_D
+    for ids, positions, length, score_L in zip(ids_BL, found_BP.tolist(), (9, 6, 3), score_BL):
         assert positions == sorted(positions) and len(set(positions)) == 4
         n = min(4, length - 1)
-        assert set(entropy_L[:length - 1].topk(n).indices.tolist()) == {
+        assert set(score_L[:length - 1].topk(n).indices.tolist()) == {
             j for j in positions if j < length - 1}
     # the objective thinks there, and nowhere else
     uniform_BNPT = uniforms(3, 2, 4, 3)
-    ours = quiet(ids_BL, valid_BL, uniform_BNPT=uniform_BNPT, n_uncertain=4)
+    ours = quiet(ids_BL, valid_BL, uniform_BNPT=uniform_BNPT, n_chosen=4, probe_D=probe_D)
     theirs = quiet(ids_BL, valid_BL, found_BP, uniform_BNPT)
     assert torch.equal(ours.loss, theirs.loss)
     assert torch.equal(ours.reward_BNP, theirs.reward_BNP)
