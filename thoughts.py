@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from attention import GrowingContext, PackedContext
-from config import UserError, check_ranges
+from config import check_ranges
 from lm_head import chunked_cross_entropy, entropy_of, logits_of, sample_tokens
 from model import CausalContext, Mistral
 
@@ -51,8 +51,6 @@ class ThoughtConfig:
     def __post_init__(self):
         check_ranges(self, thought_len=(0, 4096), n_thoughts=(1, 4096), n_true=(1, 4096),
                      policy_weight=(0, 1e9), policy_temperature=(1e-3, 1000), base_weight=(0, 1))
-        if self.advantage == "leave_one_out" and self.n_thoughts < 2:
-            raise UserError("--advantage=leave_one_out compares thoughts: raise --n_thoughts")
 
 
 @dataclass

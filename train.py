@@ -190,6 +190,8 @@ def configure():
         cfg = replace(cfg, init_from=stored.get("init_from", "scratch"))
     if cfg.min_lr is not None and cfg.min_lr > cfg.lr:
         raise UserError(f"--min_lr={cfg.min_lr} is above --lr={cfg.lr}")
+    if thought_cfg.advantage == "leave_one_out" and thought_cfg.n_thoughts < 2:
+        raise UserError("--advantage=leave_one_out compares thoughts: raise --n_thoughts")
     # its architecture cannot be changed, and of a run nothing that would make it another
     fixed = asdict(model_cfg)
     if resumes:

@@ -13,7 +13,7 @@ rounds() {
   from=$base steps=40
   for round in 1 2 3 4 5 6 7 8; do
     [ -f $out/text-$round/meta.json ] || python -m tasks.star --checkpoint=$from --data=$data \
-      --questions=10000 --out=$out/text-$round "$@"
+      --questions=${QUESTIONS:-2000} --out=$out/text-$round "$@"
     [ -d $out/round-$round/step-$(printf %06d $steps) ] || python train.py --objective=plain \
       --seed=$seed --init_from=$base --out=$out/round-$round --data=$out/text-$round \
       --steps=$steps --batch_size=56 --seq_len=24 --lr=3e-4 --min_lr=1.5e-5 --warmup=10 \

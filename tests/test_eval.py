@@ -81,6 +81,14 @@ def test_two_ranks_score_the_same_tokens_as_one(call, tmp_path):
     assert one == two and one["tokens"] > 0
 
 
+def test_a_model_that_learnt_by_comparing_thoughts_is_scored_with_one(call, game, tmp_path):
+    save_model(tiny_quiet(model=dict(vocab_size=20), advantage="leave_one_out"), tmp_path,
+               tokenizer=load_tokenizer(game))
+    status, _, stderr = call(evaluation, f"--checkpoint={tmp_path}", "--texts=9",
+                             f"--data={game}/without_reasoning")
+    assert status == 0, stderr
+
+
 def test_a_mistake_is_one_line(call, game, tmp_path):
     save_model(tiny_mistral(vocab_size=20), tmp_path / "plain")
     data = f"--data={game}/without_reasoning"

@@ -317,6 +317,7 @@ def test_checkpoints_are_a_runs_own_in_the_order_of_their_steps(tmp_path):
     (["--n_kv_heads=3"], "n_heads=2: no multiple of n_kv_heads=3"),
     (["--vocab_size=7"], "has 20 tokens, model embeds 7"),
     (["--think_share=0.5"], "--think_share=0.5 of which positions? Choose --positions=random, uncertain or"),
+    (["--advantage=leave_one_out", "--n_thoughts=1"], "raise --n_thoughts"),
     (["--think_share=0"], "--think_share=0.0 is below 1e-06"),
     (["--thought_len=-1"], "--thought_len: -1 is below 0"),
     (["--device=tpu"], "--device: 'tpu' is not one of auto, cpu, cuda")])
