@@ -45,14 +45,12 @@ class ThoughtConfig:
     policy_temperature: float = 3.0   # temperature of the softmax in REINFORCE (official code)
     base_weight: float = 0.5          # weight of the base likelihood; the mixed one has the rest
     advantage: Literal["clamped", "leave_one_out"] = "clamped"  # official, or signed and unbiased
-    distill_weight: float = 0.0       # weight of KL(mixed, base): what thinking knows, without it
     filler: bool = False              # control experiment: every thought token is the start marker
     marker_ids: tuple[int, ...] = ()  # vocabulary rows of the markers, if any; never sampled
 
     def __post_init__(self):
         check_ranges(self, thought_len=(0, 4096), n_thoughts=(1, 4096), n_true=(1, 4096),
-                     policy_weight=(0, 1e9), policy_temperature=(1e-3, 1000), base_weight=(0, 1),
-                     distill_weight=(0, 1e6))
+                     policy_weight=(0, 1e9), policy_temperature=(1e-3, 1000), base_weight=(0, 1))
 
 
 @dataclass
@@ -174,20 +172,8 @@ class QuietSTaR(nn.Module):
             weight=advantage_BNP[..., None] / (n_rewards * max(1, cfg.thought_len)),
             temperature=cfg.policy_temperature, masked_ids=cfg.marker_ids)
 
-        #    distillation: the base learns from the mixed prediction, which is not changed
-        kl_loss = 0.0
-        if cfg.distill_weight:
-            mask = target_mask_BPA[:, None].expand(mixed_BNPAD.shape[:-1])
-            base_RD = base_BPAD[:, None].expand_as(mixed_BNPAD)[mask]
-            logp_RV = logits_of(base_RD, head_VD).log_softmax(-1)
-            with torch.no_grad():
-                teacher_RV = logits_of(mixed_BNPAD[mask], head_VD).log_softmax(-1)
-            weight_R = (1 / (cfg.n_true * n_mixed_A)).expand(mask.shape)[mask]
-            kl_R = (teacher_RV.exp() * (teacher_RV - logp_RV)).sum(-1)
-            kl_loss = cfg.distill_weight * (weight_R * kl_R).sum()
-
         return Losses(
-            loss=base_loss + mixed_loss + cfg.policy_weight * policy_loss + kl_loss,
+            loss=base_loss + mixed_loss + cfg.policy_weight * policy_loss,
             policy_loss=policy_loss.detach(), base_nll_BL=base_nll_BL,
             mixed_nll_BNPA=mixed_nll_BNPA, reward_BNP=reward_BNP, advantage_BNP=advantage_BNP,
             mixing_weight_BNPA=mixing_weight_BNPA.detach(), thought_BNPT=thought_BNPT,

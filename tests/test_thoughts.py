@@ -333,32 +333,6 @@ def test_how_far_the_clamped_advantage_is_from_unbiased():
     assert float(clamped.norm() / unbiased.norm()) == pytest.approx(0.33, abs=5e-3)
 
 
-def test_distillation_teaches_the_base_and_never_reaches_the_mixed_prediction():
-    ids_BL, uniform_BNPT, found = texts(2, 9), uniforms(2, 2, 8, 3), []
-    for weight in (0.0, 1.0):
-        quiet = tiny_quiet(distill_weight=weight)
-        out = quiet(ids_BL, ids_BL >= 0, uniform_BNPT=uniform_BNPT)
-        out.loss.backward()
-        found.append((out, {name: p.grad for name, p in quiet.named_parameters()}))
-    (plain, without), (out, grads) = found
-    for name, grad in grads.items():
-        reached = not torch.equal(grad, without[name])
-        assert reached == name.startswith("model."), name
-    # its value, position by position
-    hidden_BLD = quiet.model(ids_BL, CausalContext(torch.arange(9).expand(2, 9)))
-    logp_BLV = quiet.model.head(hidden_BLD).log_softmax(-1)
-    _, branch_BNPMD, _, _ = quiet.sample_and_read(
-        ids_BL, torch.arange(8).expand(2, 8), None, out.thought_BNPT, True)
-    total = 0.0
-    for b, n, j, a in itertools.product(range(2), range(2), range(8), range(2)):
-        if j + a < 8:
-            after_D = branch_BNPMD[b, n, j, 4 + a]
-            mixed_D, _ = quiet.mix(hidden_BLD[b, j + a], after_D)
-            p_V = quiet.model.head(mixed_D).softmax(-1)
-            total += (p_V * (p_V.log() - logp_BLV[b, j + a])).sum() / (2 * 2 * 2 * (8 - a))
-    assert float(out.loss - plain.loss) == pytest.approx(float(total), rel=1e-4)
-
-
 def test_micro_batches_with_unequal_padding_equal_one_batch():
     quiet, ids_BL = tiny_quiet(), texts(4, 9)
     valid_BL = torch.arange(9) < torch.tensor([9, 3, 6, 2])[:, None]
