@@ -1,7 +1,7 @@
 #!/bin/sh
 # Thoughts from long to short (the schedule of Fast Quiet-STaR, arXiv 2505.17746) and from short to
 # long, each stage from the checkpoint before, on the bases of runs/shell_game.sh (run that first).
-# 200 steps in all, as many as its thoughts of fixed length. Three seeds side by side; MINUTES on two
+# 200 steps in all, as many as its thoughts of fixed length. Three seeds side by side; 12 minutes on two
 # cores. A stage whose output exists is skipped; a job that fails stops the script, $$.
 set -e
 cd "$(dirname "$0")/.."

@@ -1,7 +1,7 @@
 #!/bin/sh
 # STaR on the shell game, beside Quiet-STaR: eight rounds from the bases of runs/shell_game.sh (run
-# that first), without and with rationalisation, three seeds. MINUTES of one thread. A round
-# whose output exists is skipped.
+# that first), without and with rationalisation, three seeds. A quarter of an hour with one thread. A
+# round whose output exists is skipped.
 set -e
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
