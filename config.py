@@ -150,7 +150,9 @@ def _check_value(name: str, value, kind) -> None:
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal and value not in choices:
         raise UserError(f"--{name}: '{value}' is not one of {', '.join(choices)} (see --help)")
-    numbers, most = (value, 1 << 31) if isinstance(value, tuple) else ((value,), LARGEST_NUMBER)
+    numbers, most = (value,), LARGEST_NUMBER
+    if isinstance(value, tuple):
+        numbers, most = value, 1 << 31
     for number in numbers:
         if isinstance(number, (int, float)) and not 0 <= number <= most:
             raise UserError(f"--{name}: {number} is below 0 or not finite, or too large")

@@ -130,6 +130,7 @@ def main():
         if not thinks(model):
             raise UserError(f"--thought_len={cfg.thought_len}: {cfg.checkpoint} does not think")
         model.config = replace(model.config, thought_len=cfg.thought_len)
+    # as many thoughts as are asked for, not as many as in training
     if thinks(model):
         model.config = replace(model.config, n_thoughts=cfg.n_thoughts)
 

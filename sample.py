@@ -59,8 +59,9 @@ class SampleConfig:
             f"--temperature={self.temperature}: 0 takes the likeliest token, 0.01 nearly so":
                 0 < self.temperature < 0.01,
             "give one of --prompt and --text-file": self.text_file and self.prompt is not None}
-        for message in filter(mistakes.get, mistakes):
-            raise UserError(message)
+        for message, mistaken in mistakes.items():
+            if mistaken:
+                raise UserError(message)
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {                            # how a vocabulary's `pre` cuts text into words
     "smollm": {"type": "Digits", "individual_digits": True},
-    "llama-bpe": _LETTERS + r"\p{N}{1,3}" + _OTHERS, "qwen2": _LETTERS + r"\p{N}" + _OTHERS}
+    "llama-bpe": _LETTERS + r"\p{N}{1,3}" + _OTHERS,
+    "qwen2": _LETTERS + r"\p{N}" + _OTHERS}
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5                      # types of tokens
 
 

@@ -4,16 +4,16 @@
 # round whose output exists is skipped.
 set -e
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" QUESTIONS="${QUESTIONS:-2000}"
 data=data/shell_game/without_reasoning
 
 # A round asks the model of the round before, and fine-tunes the base: 40 steps, then 1.2 times as many
 rounds() {
-  base=out/shell_game/base-$2 out=out/star/$1-$2 seed=$2; shift 2
+  base=out/shell_game/base-$2 out=out/star/$QUESTIONS-$1-$2 seed=$2; shift 2
   from=$base steps=40
   for round in 1 2 3 4 5 6 7 8; do
     [ -f $out/text-$round/meta.json ] || python -m tasks.star --checkpoint=$from --data=$data \
-      --questions=${QUESTIONS:-2000} --out=$out/text-$round "$@"
+      --questions=$QUESTIONS --out=$out/text-$round "$@"
     [ -d $out/round-$round/step-$(printf %06d $steps) ] || python train.py --objective=plain \
       --seed=$seed --init_from=$base --out=$out/round-$round --data=$out/text-$round \
       --steps=$steps --batch_size=56 --seq_len=24 --lr=3e-4 --min_lr=1.5e-5 --warmup=10 \

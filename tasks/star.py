@@ -58,10 +58,15 @@ def read_problems(cfg, tokenizer) -> list[Problem]:
     return problems
 
 
+def dash_of(tokenizer) -> tuple[int, str]:
+    """Return the em dash around reasoning: its id, and how text shows it."""
+    dash = dash_id(tokenizer)
+    return dash, tokenizer.decode([dash]).strip()
+
+
 def ask(model, tokenizer, problems: list[Problem], cfg, hint: bool) -> list[str | None]:
     """Return the reasoning about each problem that ended in the right answer, else None."""
-    dash = dash_id(tokenizer)
-    mark = tokenizer.decode([dash]).strip()
+    dash, mark = dash_of(tokenizer)
 
     def has_answered(row, text):
         return "\n" in text.partition(mark)[2]
@@ -70,8 +75,7 @@ def ask(model, tokenizer, problems: list[Problem], cfg, hint: bool) -> list[str 
     for start in range(0, len(problems), cfg.batch_size):
         batch = problems[start:start + cfg.batch_size]
         prompts = [p.question + (p.hint if hint else []) + [dash] for p in batch]
-        texts = complete(
-            model, prompts, tokenizer, cfg.max_new_tokens, has_answered, think=False)
+        texts = complete(model, prompts, tokenizer, cfg.max_new_tokens, has_answered, think=False)
         for problem, text in zip(batch, texts):
             reasoning, _, answer = text.partition(mark)
             answer = number_in(answer.partition("\n")[0])
@@ -82,9 +86,8 @@ def ask(model, tokenizer, problems: list[Problem], cfg, hint: bool) -> list[str 
 
 def text_of(problem: Problem, reasoning: str, tokenizer) -> str:
     """Write question, reasoning and answer as a line of text in which people reason aloud."""
-    dash = dash_id(tokenizer)
+    dash, mark = dash_of(tokenizer)
     question = [token for token in problem.question if token != tokenizer.bos]
-    mark = tokenizer.decode([dash]).strip()
     return tokenizer.decode([*question, dash]) + reasoning + mark + problem.rest
 
 
