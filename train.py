@@ -10,7 +10,6 @@ purpose, step, row), so a resumed run, or any cut into ranks and micro-batches, 
 and samples the same thoughts. --dtype=bfloat16 is that of matrix products: weights and optimizer
 stay fp32, as at lr 1e-6 they must. Left out on purpose: a trainer class, callbacks, fp16.
 """
-import json
 import math
 import signal
 import time
@@ -31,6 +30,7 @@ from scoring import check_context, evaluate_held_out, load_task
 from thoughts import PlainObjective, QuietSTaR, ThoughtConfig, base_model, denominators
 from tokenizer import dash_id, load_tokenizer
 from tools.one_pass import MANY, use_one_pass
+from tools.run_log import RunLog
 
 
 @dataclass(frozen=True)
@@ -201,63 +201,6 @@ def configure():
             raise UserError(f"--{name}={fixed[name]}, but the checkpoint has {stored[name]}: leave "
                             "it out, or begin another run (--init_from=FOLDER, --out)")
     return cfg, model_cfg, thought_cfg, state
-
-
-COLUMNS = {                           # how the screen shows a name of the log
-    "loss": ("loss", ".4f"), "nll/base": ("base", ".4f"), "nll/mixed": ("mixed", ".4f"),
-    "thought/reward": ("reward", "+.4f"), "thought/entropy": ("entropy", ".3f"),
-    "thought/mixing_weight": ("weight", "+.3f"),
-    "grad_norm": ("norm", ".2f"), "lr": ("lr", ".1e"), "tokens/s": ("tok/s", ".0f")}
-
-
-class RunLog:
-    """log.jsonl, a row a step under stable names; the same on the screen about once a second."""
-    @config.file_errors()
-    def __init__(self, out, step, is_main):
-        out.mkdir(parents=True, exist_ok=True)
-        self.path, self.is_main, self.printed = out / "log.jsonl", is_main, 0.0
-        self.began, self.first = time.monotonic(), step
-        self.damaged = ""             # begins the next row, if the last was not written whole
-        if is_main:
-            config.lock_folder(out, self)
-            if step == 0:                         # a log of a run whose checkpoints are gone
-                config.move_aside(self.path)
-            for path in (self.path, out / "latest"):
-                if not path.is_file():            # but a folder or a pipe
-                    config.move_aside(path)
-        if is_main and self.path.is_file():
-            # a resumed run drops what its checkpoint does not hold; a row of a step says step + 1
-            lines = config.read_text(self.path).splitlines()
-            try:
-                rows = [config.parse_json(line, {"step": int}, self.path)
-                        for line in lines if line.endswith("}")]
-            except UserError:
-                raise UserError(f"{self.path} is damaged: give it another name") from None
-            kept = [row for row in rows if row["step"] < step + ("loss" in row)]
-            with config.atomic_write(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-
-    def row(self, step, steps, values, always=False):
-        if not self.is_main:
-            return
-        try:
-            with open(self.path, "a") as file:
-                file.write(self.damaged + json.dumps({"step": step, **values}) + "\n")
-            self.damaged = ""
-        except OSError as error:      # a log never costs the run
-            self.damaged = "\n"
-            config.say(f"cannot write {self.path}: {error.strerror}; the run goes on")
-        if always or time.monotonic() > self.printed + 1:
-            self.printed = time.monotonic()
-            shown = [f"step {step}/{steps}"]
-            for name, value in values.items():
-                if name in COLUMNS or name.startswith("eval/"):
-                    head, form = COLUMNS.get(name, (name, ".4f"))
-                    shown.append(f"{head} {value:{form}}")
-            if step > self.first:
-                seconds_a_step = (time.monotonic() - self.began) / (step - self.first)
-                shown.append(f"{seconds_a_step * (steps - step):.0f} s left")
-            config.say("  ".join(shown))
 
 
 def main():

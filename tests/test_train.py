@@ -492,11 +492,11 @@ def test_a_restart_goes_on_with_the_run_of_the_same_command_alone(call, game, ru
 
 
 def test_a_log_that_nobody_reads_or_that_cannot_be_written_costs_no_checkpoint(game, tmp_path):
-    script = ("import sys, config, train, pathlib; real = open\n"
+    script = ("import sys, config, train, tools.run_log; real = open\n"
               "def full(path, *args):\n"
               "    if str(path).endswith('log.jsonl'): raise OSError(28, 'No space left on device')\n"
               "    return real(path, *args)\n"
-              "train.open = full; config.run(train.main)")
+              "tools.run_log.open = full; config.run(train.main)")
     process = subprocess.Popen([sys.executable, "-c", script, *toy(game, tmp_path / "run")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert b"No space left on device; the run goes on" in process.stdout.readline()
