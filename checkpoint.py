@@ -350,9 +350,10 @@ def _transfer_moments(model, optimizer, step: int, folder: Path, dist: Distribut
     for name, p in model.named_parameters():
         state = optimizer.state[p]
         if not state:
-            state["step"] = torch.full((), float(step), device=p.device)
             state |= {key: torch.zeros_like(p) for key in MOMENTS}
-        tensors |= {f"{name}.{key}": state[key] for key in MOMENTS}
+        state["step"] = torch.full((), float(step), device=p.device)
+        for key in sorted(state.keys() - {"step"}):
+            tensors[f"{name}.{key}"] = state[key]
     file_of = {name: 1 + i // 18 for i, name in enumerate(tensors)}   # small ones: each is copied
     common = dict(state_dict=tensors, no_dist=dist.strategy == "none")
     try:

@@ -29,8 +29,9 @@ MAX_LINE = 256 << 20                  # bytes
 META = {"dtype": str, "vocab_size": int, "eos": (None, int), "sources": [str],
         "tokenizer_sha256": str, "n_tokens": {"train": int, "val": int}}       # used of meta.json
 # Random numbers come from generators keyed by (seed, purpose, ...), so there is no state to save.
-# Windows of text and thoughts add (step, row), generated text adds the row, weights add nothing.
-RNG_BATCHES, RNG_THOUGHTS, RNG_WEIGHTS, RNG_SAMPLING = 1, 2, 3, 4
+# Windows of text and thoughts add (step, row), generated text adds the row, weights add nothing,
+# and the rounding of weights adds (step, parameter).
+RNG_BATCHES, RNG_THOUGHTS, RNG_WEIGHTS, RNG_SAMPLING, RNG_ROUNDING = 1, 2, 3, 4, 5
 
 
 def seed_of(*key: int) -> int:

@@ -6,6 +6,7 @@ Left out on purpose: tensor and pipeline parallelism, hybrid sharding, and gathe
 anew for each pass, which saves memory at T + 2 times the traffic.
 """
 import os
+import re
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,12 +90,15 @@ def restarts_enabled() -> bool:
     return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
-def parallelize(objective, dist: Distributed, dtype: torch.dtype = torch.float32):
-    """Return the module to call. The parameters of `objective` move to the device, as fp32."""
+def parallelize(objective, dist: Distributed, dtype=torch.float32, bf16_weights=False):
+    """Return the module to call. The parameters of `objective` move to the device, see `convert`;
+    fsdp gathers those of blocks as `dtype`."""
+    if dist.strategy != "fsdp":
+        convert(objective.to(dist.device), bf16_weights)
     if dist.strategy == "none":
-        return objective.to(dist.device, torch.float32)
+        return objective
     if dist.strategy == "ddp":        # gradients as views of its buckets: otherwise both are held
-        return DDP(objective.to(dist.device, torch.float32), gradient_as_bucket_view=True)
+        return DDP(objective, gradient_as_bucket_view=True)
     from torch.distributed import fsdp
     # Each block is a group of shards, gathered once a step as `dtype`; the rest stays fp32.
     mesh = c10d.init_device_mesh(dist.device.type, (dist.world_size,))
@@ -103,15 +107,34 @@ def parallelize(objective, dist: Distributed, dtype: torch.dtype = torch.float32
     fp32 = fsdp.MixedPrecisionPolicy(cast_forward_inputs=False)
     policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in objective.model.layers:
-        block.float()                 # one at a time: no rank ever holds the whole model in fp32
+        convert(block, bf16_weights)  # one at a time: no rank ever holds the whole model in fp32
         fsdp.fully_shard([block.attention, block.ffn], mp_policy=policy, **common)
         # Otherwise a block that ran many passes is gathered once more when it is done.
         block.attention.set_modules_to_backward_prefetch([block.attention])
-    fsdp.fully_shard(objective.float(), mp_policy=fp32, **common)
+    fsdp.fully_shard(convert(objective, bf16_weights), mp_policy=fp32, **common)
     # FSDP gathers weights for `forward` only: `unsharded` needs a method that does the same.
     objective.run_unsharded = lambda run: run()
     fsdp.register_fsdp_forward_method(objective, "run_unsharded")
     return objective
+
+
+def convert(module, bf16_weights: bool):
+    """Make all parameters fp32 in place, but with `bf16_weights` the matrices of blocks bf16."""
+    for name, p in module.named_parameters():
+        is_bf16 = bf16_weights and re.search(r"\b(attention|ffn)\.", name)
+        dtype = torch.bfloat16 if is_bf16 else torch.float32
+        if p.dtype != dtype:
+            p.data = p.data.to(dtype)
+    return module
+
+
+def shard_like(full, parameter):
+    """Return the part of `full`, the same on all ranks, that this rank holds of `parameter`."""
+    if not hasattr(parameter, "placements"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(full, mesh, placements, src_data_rank=None).to_local()
 
 
 def unsharded(objective, dist: Distributed, run):

@@ -8,7 +8,8 @@
 Two lines of tildes in `main` enclose the only lines that learn. Random numbers are keyed by (seed,
 purpose, step, row), so a resumed run, or any cut into ranks and micro-batches, sees the same text
 and samples the same thoughts. --dtype=bfloat16 is that of matrix products: weights and optimizer
-stay fp32, as at lr 1e-6 they must. Left out on purpose: a trainer class, callbacks, fp16.
+stay fp32 unless --weights and --moments say otherwise (tools/compact_adamw.py). Left out on
+purpose: a trainer class, callbacks, fp16.
 """
 import math
 import signal
@@ -29,6 +30,7 @@ from model import Mistral, ModelConfig
 from scoring import check_context, evaluate_held_out, load_task
 from thoughts import PlainObjective, QuietSTaR, ThoughtConfig, base_model, denominators
 from tokenizer import dash_id, load_tokenizer
+from tools.compact_adamw import CompactAdamW
 from tools.one_pass import MANY, use_one_pass
 from tools.run_log import RunLog
 
@@ -58,6 +60,8 @@ class TrainConfig:
     gate: str = ""                    # file that tools.gate wrote, for --positions=gate
     recompute: int = 0                # activation checkpointing of every n-th block; 0 none, 1 all
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of the matrix products
+    weights: Literal["fp32", "bf16"] = "fp32"  # type of the blocks' matrices, rounded at random
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"  # type of AdamW's moments of matrices
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # auto: ddp for several processes
     eval_every: int = 50              # steps between evaluations on held-out text; 0: never
@@ -76,6 +80,8 @@ class TrainConfig:
                             "--positions=random, uncertain or gate")
         if (self.positions == "gate") != bool(self.gate):
             raise UserError("--positions=gate needs --gate=FILE (tools/gate.py), and others none")
+        if self.weights == "bf16" and self.dtype == "float32":
+            raise UserError("--weights=bf16 needs products of that type: add --dtype=bfloat16")
         if not self.out or not self.data:
             raise UserError("--out=FOLDER and --data=FOLDER are needed (data.py makes the data)")
 
@@ -135,7 +141,10 @@ def build_optimizer(model, cfg: TrainConfig):
             kind = "mixing_head"
         groups[kind]["params"].append(p)
     used = [dict(group, name=name) for name, group in groups.items() if group["params"]]
-    return torch.optim.AdamW(used, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    common = dict(lr=cfg.lr, betas=(0.9, cfg.beta2))
+    if cfg.weights == cfg.moments == "fp32":
+        return torch.optim.AdamW(used, fused=True, **common)
+    return CompactAdamW(used, seed=cfg.seed, moments=cfg.moments, **common)
 
 
 def lr_at(step, cfg: TrainConfig):
@@ -240,7 +249,7 @@ def main():
         use_one_pass(model)
     objective = model if is_quiet else PlainObjective(model)
     dtype = getattr(torch, cfg.dtype)
-    wrapped = distributed.parallelize(objective, dist, dtype)
+    wrapped = distributed.parallelize(objective, dist, dtype, cfg.weights == "bf16")
 
     probe_D = None
     if cfg.gate:                      # a resumed run goes on with its copy

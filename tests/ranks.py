@@ -6,6 +6,7 @@ Each job is {"ranks": one list of words for each rank}; the words are a function
 arguments. "kill": [rank, path, seconds] kills a rank that long after the path is made (anew). Jobs
 run one after another; on standard output: each job's exit statuses and output.
 """
+import hashlib
 import json
 import os
 import resource
@@ -32,6 +33,7 @@ import distributed  # noqa: E402
 import toys  # noqa: E402
 import train as training  # noqa: E402
 from thoughts import PlainObjective, denominators  # noqa: E402
+from tools.compact_adamw import CompactAdamW  # noqa: E402
 
 
 def train(*argv):
@@ -103,6 +105,26 @@ def step(strategy, grad_accum, objective, tied, recompute):
     distributed.cleanup()
     print(json.dumps(dict(thoughts=thoughts, counts=dict(comm.counts), norm=norm,
                           predicted=predicted, n_whole=len(whole))))
+
+
+def update(strategy, moments):
+    """Three steps of CompactAdamW on given gradients: a hash of all weights after them."""
+    quiet, dist = toys.tiny_quiet(), distributed.init_distributed("cpu", strategy)
+    wrapped = distributed.parallelize(quiet, dist, torch.bfloat16, bf16_weights=True)
+    adamw = CompactAdamW([dict(params=[*quiet.parameters()])], 1e-3, (0.9, 0.999), 0, moments)
+    generator, digest = torch.Generator().manual_seed(0), hashlib.sha256()
+    for _ in range(3):
+        for p in quiet.parameters():
+            p.grad = torch.zeros_like(p)
+            whole = torch.randn(p.shape, generator=generator)
+            (p.grad.to_local() if strategy == "fsdp" else p.grad).copy_(
+                distributed.shard_like(whole, p))
+        adamw.step()
+    for tensor in checkpoint.full_parameters(quiet, dist).values():
+        digest.update(tensor.float().numpy().tobytes())
+    del wrapped
+    distributed.cleanup()
+    print(json.dumps(dict(sha256=digest.hexdigest())))
 
 
 def start(words: list[str], rank: int, world: int, port: int, file) -> int:
