@@ -27,11 +27,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import config
-from config import UserError, atomic_write, file_errors, read_json, rename_folder, write_text
+from config import (UserError, atomic_write, file_errors, read_json, rename_folder, sampled_sha256,
+                    write_text)
 from distributed import Distributed, fail_together, pick_device
 from formats.gguf import gguf_config, gguf_tensors
-from formats.huggingface import (MARKER_SCALE, file_name, from_config, open_tensors, permute_rope,
-                                 to_config)
+from formats.huggingface import (MARKER_SCALE, checked_names, file_name, from_config, open_tensors,
+                                 permute_rope, to_config)
 from model import Mistral, ModelConfig
 from thoughts import QuietSTaR, ThoughtConfig, base_model
 from tokenizer import has_tokenizer, is_gguf, load_tokenizer
@@ -107,7 +108,7 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = tor
         if embed and head and not torch.equal(embed.read(None, "cpu"), head.read(None, "cpu")):
             raise UserError(f"{path}: tie_word_embeddings is true, but the head in the file is not "
                             "the embedding: write false if the head is meant")
-    for name, theirs in _checked_names(path, model, layout, tensors).items():
+    for name, theirs in checked_names(path, model, layout, tensors).items():
         tensor = tensors[theirs].read(dtype, device)
         if layout == "mistral":
             tensor = permute_rope(tensor, name, shape)
@@ -127,6 +128,14 @@ def load_for_inference(folder: str, device: str, tokenizer) -> Mistral | QuietST
     model = load_model(find_checkpoint(folder), device, dtype)
     check_tokenizer(folder, base_model(model).config, tokenizer)
     return model
+
+
+def fingerprint(checkpoint: str | Path) -> str:
+    """Hash what decides a checkpoint's answers: its config and weights, or its GGUF file."""
+    found = find_checkpoint(checkpoint)
+    names = "config.json", "params.json", "*.safetensors"
+    files = [path for name in names for path in sorted(found.glob(name))]
+    return sampled_sha256(files or [found])
 
 
 def check_tokenizer(folder: str | Path, shape: ModelConfig, tokenizer) -> None:
@@ -183,29 +192,6 @@ def _find_files(folder: Path) -> tuple[Path, Path]:
             return folder / config_name, folder / name
     raise UserError(f"{folder} holds no whole checkpoint: config.json and {WEIGHTS} or its index, "
                     f"or params.json and {MISTRAL_WEIGHTS}; see docs/CHECKPOINTS.md for .bin files")
-
-
-def _checked_names(path: Path, model: nn.Module, layout: str, tensors: dict) -> dict[str, str]:
-    """Return the stored name of every parameter. Raises UserError unless all fit, and no others."""
-    parameters = dict(model.named_parameters())
-    names = {name: file_name(name, layout) for name in parameters}
-    known = {*names.values(), file_name("head.weight", layout)}        # the head may be tied
-    # Old Llama files repeat the frequencies of the rotary positions.
-    unknown = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")} - known
-    absent = set(names.values()) - tensors.keys()
-    for trouble, found in ("has unknown tensors", unknown), ("lacks tensors", absent):
-        if found:
-            raise UserError(f"{path.parent} {trouble}: {min(found)} ({len(found)} in all)")
-    for name, theirs in names.items():
-        stored, implied = tensors[theirs].mapped, tuple(parameters[name].shape)
-        found = tuple(stored.shape)
-        if layout == "official" and name.endswith("_thought"):
-            implied = (2, *implied)
-        if found != implied:
-            raise UserError(f"{theirs}: checkpoint {found}, {path} implies {implied}")
-        if not stored.is_floating_point() or stored.dtype.itemsize == 1:
-            raise UserError(f"{tensors[theirs].file}: quantised {stored.dtype} is not supported")
-    return names
 
 
 def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtype | None = None,

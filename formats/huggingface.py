@@ -242,3 +242,27 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
         raise UserError(f"cannot read {path} as safetensors: {error}: download it again, with "
                         "'git lfs pull' if git cloned it") from None
     return {name: LazyTensor(path, name, tensor) for name, tensor in mapped.items()}
+
+
+def checked_names(path: Path, model: torch.nn.Module, layout: str, tensors: dict) -> dict[str, str]:
+    """Return the stored name of every parameter. Raises UserError unless all fit, and no others."""
+    parameters = dict(model.named_parameters())
+    names = {name: file_name(name, layout) for name in parameters}
+    known = {*names.values(), file_name("head.weight", layout)}        # the head may be tied
+    # Old Llama files repeat the frequencies of the rotary positions.
+    unknown = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")} - known
+    absent = set(names.values()) - tensors.keys()
+    for trouble, found in ("has unknown tensors", unknown), ("lacks tensors", absent):
+        if found:
+            raise UserError(f"{path.parent} {trouble}: {min(found)} ({len(found)} in all)")
+    for name, theirs in names.items():
+        stored = tensors[theirs].mapped
+        found = tuple(stored.shape)
+        implied = tuple(parameters[name].shape)
+        if layout == "official" and name.endswith("_thought"):
+            implied = (2, *implied)
+        if found != implied:
+            raise UserError(f"{theirs}: checkpoint {found}, {path} implies {implied}")
+        if not stored.is_floating_point() or stored.dtype.itemsize == 1:
+            raise UserError(f"{tensors[theirs].file}: quantised {stored.dtype} is not supported")
+    return names

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import find_checkpoint
-from config import Progress, UserError, check_json, sampled_sha256
+from checkpoint import fingerprint
+from config import Progress, UserError, check_json
 from data import read_rows
 from distributed import fail_together
 from inference import complete
@@ -252,14 +252,6 @@ def count_votes(task, gold, said):
         winner = max(official, key=official.count)
         scores["majority_official"] = [float(winner == official_vote(gold))]
     return votes, scores
-
-
-def fingerprint(checkpoint):
-    """Hash what decides a checkpoint's answers: its config and weights, or its GGUF file."""
-    found = find_checkpoint(checkpoint)
-    names = "config.json", "params.json", "*.safetensors"
-    files = [path for name in names for path in sorted(found.glob(name))]
-    return sampled_sha256(files or [found])
 
 
 def evaluate_questions(model, tokenizer, cfg, dist, out):
