@@ -14,7 +14,6 @@ Left out on purpose: downloading, saving while training goes on, and pickles, wh
 import json
 import re
 import shutil
-import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import nn
 import config
 from config import (UserError, atomic_write, file_errors, read_json, rename_folder, sampled_sha256,
                     write_text)
-from distributed import Distributed, fail_together, pick_device
+from distributed import Distributed, fail_together, pick_device, transfer_moments
 from formats.gguf import gguf_config, gguf_tensors
 from formats.huggingface import (MARKER_SCALE, checked_names, file_name, from_config, open_tensors,
                                  permute_rope, to_config)
@@ -39,7 +38,6 @@ from tokenizer import has_tokenizer, is_gguf, load_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MISTRAL_WEIGHTS = "consolidated.safetensors"
-MOMENTS = "exp_avg", "exp_avg_sq"        # AdamW's means of the gradient and of its square
 
 
 @file_errors()
@@ -251,7 +249,7 @@ def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, 
                 _delete_draft(draft)
                 save_model(model, draft, tokenizer=tokenizer, tensors=tensors)
         with fail_together(dist), file_errors():
-            _transfer_moments(model, optimizer, step, draft / "optimizer", dist, save=True)
+            transfer_moments(model, optimizer, step, draft / "optimizer", dist, save=True)
             if dist.is_main:          # all ranks have written
                 shares = sorted(path.name for path in (draft / "optimizer").iterdir())
                 state = {"step": step, "settings": settings, "shares": shares, "data": data,
@@ -313,7 +311,7 @@ def load_optimizer(folder: Path, state: dict, model, optimizer, dist: Distribute
     with _or_the_one_before(folder):
         for name in state["shares"]:              # of a missing file the loader would make zeros
             open_tensors(shares / Path(name).name)
-        _transfer_moments(model, optimizer, state["step"], shares, dist, save=False)
+        transfer_moments(model, optimizer, state["step"], shares, dist, save=False)
 
 
 @contextmanager
@@ -327,31 +325,6 @@ def _or_the_one_before(folder: Path):
             raise
         raise UserError(f"{error}; to go on from {others[-1]}, write {others[-1].name} into "
                         f"{folder.parent / 'latest'}") from None
-
-
-def _transfer_moments(model, optimizer, step: int, folder: Path, dist: Distributed, save: bool):
-    """Save or load AdamW's moments, each rank its share. Raises UserError."""
-    from torch.distributed import checkpoint as dcp
-    tensors = {}
-    for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        if not state:
-            state |= {key: torch.zeros_like(p) for key in MOMENTS}
-        state["step"] = torch.full((), float(step), device=p.device)
-        for key in sorted(state.keys() - {"step"}):
-            tensors[f"{name}.{key}"] = state[key]
-    file_of = {name: 1 + i // 18 for i, name in enumerate(tensors)}   # small ones: each is copied
-    common = dict(state_dict=tensors, no_dist=dist.strategy == "none")
-    try:
-        with warnings.catch_warnings(action="ignore"):       # about a process that is alone
-            if save:
-                writer = dcp.HuggingFaceStorageWriter(str(folder), file_of, save_distributed=True)
-                dcp.save(storage_writer=writer, **common)
-            else:
-                dcp.load(storage_reader=dcp.HuggingFaceStorageReader(str(folder)), **common)
-    except dcp.CheckpointException as found:          # it is a BaseException
-        error, _ = next(iter(found.failures.values()))
-        raise UserError(f"{folder}: {type(error).__name__}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ anew for each pass, which saves memory at T + 2 times the traffic.
 """
 import os
 import re
+import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Distributed:
         return self.rank == 0
 
 
+MOMENTS = "exp_avg", "exp_avg_sq"     # AdamW's means of the gradient and of its square
 SINGLE = Distributed(0, 1, torch.device("cpu"))
 
 
@@ -211,3 +213,28 @@ def fail_together(dist: Distributed):
     failed = all_gather_ints([error is not None], dist).flatten()
     if failed.any():
         raise error if error and dist.rank == int(failed.argmax()) else SystemExit(2)
+
+
+def transfer_moments(model, optimizer, step: int, folder, dist: Distributed, save: bool):
+    """Save or load AdamW's moments, each rank its share. Raises UserError."""
+    from torch.distributed import checkpoint as dcp
+    tensors = {}
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        if not state:
+            state |= {key: torch.zeros_like(p) for key in MOMENTS}
+        state["step"] = torch.full((), float(step), device=p.device)
+        for key in sorted(state.keys() - {"step"}):
+            tensors[f"{name}.{key}"] = state[key]
+    file_of = {name: 1 + i // 18 for i, name in enumerate(tensors)}   # small ones: each is copied
+    common = dict(state_dict=tensors, no_dist=dist.strategy == "none")
+    try:
+        with warnings.catch_warnings(action="ignore"):       # about a process that is alone
+            if save:
+                writer = dcp.HuggingFaceStorageWriter(str(folder), file_of, save_distributed=True)
+                dcp.save(storage_writer=writer, **common)
+            else:
+                dcp.load(storage_reader=dcp.HuggingFaceStorageReader(str(folder)), **common)
+    except dcp.CheckpointException as found:          # it is a BaseException
+        error, _ = next(iter(found.failures.values()))
+        raise UserError(f"{folder}: {type(error).__name__}: {error}") from None

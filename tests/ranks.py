@@ -54,7 +54,7 @@ def train_with_files_below(n_bytes, *argv):
 
 def train_with_moments_below(n_bytes, *argv):
     """As on a disk that is full once the weights are on it."""
-    transfer = checkpoint._transfer_moments
+    transfer = checkpoint.transfer_moments
 
     def transfer_to_a_full_disk(*args, save):
         whole = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -64,7 +64,7 @@ def train_with_moments_below(n_bytes, *argv):
             transfer(*args, save=save)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, whole)
-    checkpoint._transfer_moments = transfer_to_a_full_disk
+    checkpoint.transfer_moments = transfer_to_a_full_disk
     train(*argv)
 
 
