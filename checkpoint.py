@@ -31,7 +31,9 @@ from config import (UserError, atomic_write, file_errors, read_json, rename_fold
 from distributed import Distributed, fail_together, pick_device, transfer_moments
 from formats.gguf import gguf_config, gguf_tensors
 from formats.huggingface import (MARKER_SCALE, checked_names, file_name, from_config, open_tensors,
-                                 permute_rope, to_config)
+                                 own_parameters, permute_rope, to_config)
+from formats.lora import (ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, adapter_config, add_adapter,
+                          merge_adapter, read_adapter)
 from model import Mistral, ModelConfig
 from thoughts import QuietSTaR, ThoughtConfig, base_model
 from tokenizer import has_tokenizer, is_gguf, load_tokenizer
@@ -86,6 +88,8 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = tor
         path, file = _find_files(Path(folder))
         shape, stored_config = read_config(folder)
         tensors = gguf_tensors(file) if is_gguf(file) else open_tensors(file)
+    if file.name == ADAPTER_WEIGHTS:
+        return _load_adapted(path, tensors, device, dtype, stored_config, thought_config)
     layout = "mistral" if path.name == "params.json" else "ours"
     if "start_embedding" in tensors:              # its markers own the vocabulary's last two rows
         layout, V = "official", shape.vocab_size
@@ -112,11 +116,40 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype | None = tor
             tensor = permute_rope(tensor, name, shape)
         if layout == "official" and name.endswith("_thought"):
             tensor = (tensor[0].float() * MARKER_SCALE).to(dtype or torch.float32)
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+        _set_parameter(model, name, tensor)
     if shape.tied:
         base.head.weight = base.embed.weight
     return model
+
+
+def _load_adapted(path, tensors, device, dtype, stored_config, thought_config):
+    """Load the base of an adapter, and the adapter on it. Raises UserError if it is another."""
+    folder = path.parent
+    adapter = read_adapter(folder / ADAPTER_CONFIG)
+    remedy = f"put it back, or correct base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+    if not Path(adapter.base).exists():
+        raise UserError(f"{folder} is an adapter of {adapter.base}, which is missing: {remedy}")
+    if fingerprint(adapter.base) != adapter.base_sha256:
+        raise UserError(f"{adapter.base} is not the base of the adapter {folder}: {remedy}")
+    base = model = base_model(load_model(adapter.base, device, dtype))
+    if stored_config:
+        settings = thought_config or stored_config
+        with torch.device("meta"):
+            model = QuietSTaR(base, replace(settings, marker_ids=stored_config.marker_ids))
+    add_adapter(base, adapter)
+    for name, theirs in checked_names(path, model, "ours", tensors).items():
+        _set_parameter(model, name, tensors[theirs].read(dtype, device))
+    return model
+
+
+def as_base(folder: Path, rank: int) -> Adapter:
+    """Return an adapter of this rank that is still to be added to the checkpoint `folder`."""
+    return Adapter(rank, str(folder.resolve()), fingerprint(folder))
+
+
+def _set_parameter(model, name: str, tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
 
 
 def load_for_inference(folder: str, device: str, tokenizer) -> Mistral | QuietSTaR:
@@ -131,7 +164,7 @@ def load_for_inference(folder: str, device: str, tokenizer) -> Mistral | QuietST
 def fingerprint(checkpoint: str | Path) -> str:
     """Hash what decides a checkpoint's answers: its config and weights, or its GGUF file."""
     found = find_checkpoint(checkpoint)
-    names = "config.json", "params.json", "*.safetensors"
+    names = "config.json", "params.json", ADAPTER_CONFIG, "*.safetensors"
     files = [path for name in names for path in sorted(found.glob(name))]
     return sampled_sha256(files or [found])
 
@@ -185,7 +218,7 @@ def _find_files(folder: Path) -> tuple[Path, Path]:
     if is_gguf(folder):
         return folder, folder
     for config_name, name in (("config.json", WEIGHTS), ("config.json", INDEX),
-                              ("params.json", MISTRAL_WEIGHTS)):
+                              ("config.json", ADAPTER_WEIGHTS), ("params.json", MISTRAL_WEIGHTS)):
         if (folder / config_name).is_file() and (folder / name).is_file():
             return folder / config_name, folder / name
     raise UserError(f"{folder} holds no whole checkpoint: config.json and {WEIGHTS} or its index, "
@@ -202,7 +235,7 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
     given = to_config(base.config, thoughts, dtype or base.embed.weight.dtype)
     # Fill one file after the other.
     shards, left, total = [], 0.0, 0
-    for name, tensor in (tensors or dict(model.named_parameters())).items():
+    for name, tensor in (tensors or own_parameters(model)).items():
         n_bytes = tensor.numel() * (dtype or tensor.dtype).itemsize
         if n_bytes > left:
             shards, left = [*shards, {}], shard_bytes
@@ -210,14 +243,17 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
         left -= n_bytes
         total += n_bytes
     entry = INDEX if len(shards) > 1 else WEIGHTS
-    for name in {INDEX, WEIGHTS, MISTRAL_WEIGHTS} - {entry}:
+    if base.adapter:
+        entry = ADAPTER_WEIGHTS
+        write_text(folder / ADAPTER_CONFIG, json.dumps(adapter_config(base.adapter), indent=1))
+    for name in {INDEX, WEIGHTS, MISTRAL_WEIGHTS, ADAPTER_WEIGHTS} - {entry}:
         if (folder / name).exists():
             raise UserError(f"{folder} holds another checkpoint ({name}): choose an empty folder")
     if tokenizer:
         tokenizer.copy_to(folder)
     file_of = {}
     for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if entry == INDEX else WEIGHTS
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if entry == INDEX else entry
         file_of |= dict.fromkeys(shard, file)
         shard = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in shard.items()}
         with atomic_write(folder / file) as temporary:
@@ -269,7 +305,7 @@ def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, 
 
 def _delete_draft(draft: Path) -> None:
     """Delete what a save that failed or was killed has left, and nothing else."""
-    known = "(config|state|words|tekken|model|tokenizer).*|optimizer"
+    known = "(config|state|words|tekken|model|tokenizer|adapter_(config|model)).*|optimizer"
     foreign = [path.name for path in draft.glob("*") if not re.fullmatch(known, path.name)]
     if draft.is_symlink() or draft.is_file() or foreign:
         raise UserError(f"{draft} is in the way, and no run wrote {foreign or 'it'}: move it")
@@ -286,9 +322,9 @@ def _delete_older(kept: Path | None) -> None:
 
 
 def full_parameters(model, dist: Distributed) -> dict[str, torch.Tensor]:
-    """Return every parameter by name on rank 0, and nothing elsewhere. All ranks call."""
+    """Return what a checkpoint holds by name on rank 0, and nothing elsewhere. All ranks call."""
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in own_parameters(model).items():
         full = parameter.full_tensor().cpu() if dist.strategy == "fsdp" else parameter
         if dist.is_main:
             tensors[name] = full.detach()
@@ -342,7 +378,10 @@ def main():
         raise UserError(f"--out={cfg.out} is not empty: name a new folder")
     source, dtype = find_checkpoint(cfg.convert), getattr(torch, cfg.dtype, None)
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
-    save_model(load_model(source, dtype=dtype), cfg.out, tokenizer=tokenizer)
+    model = load_model(source, dtype=dtype)
+    if base_model(model).adapter:
+        merge_adapter(base_model(model))
+    save_model(model, cfg.out, tokenizer=tokenizer)
     print(f"wrote {cfg.out}")
 
 

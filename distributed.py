@@ -121,9 +121,9 @@ def parallelize(objective, dist: Distributed, dtype=torch.float32, bf16_weights=
 
 
 def convert(module, bf16_weights: bool):
-    """Make all parameters fp32 in place, but with `bf16_weights` the matrices of blocks bf16."""
+    """Make all parameters fp32 in place, but with `bf16_weights` the blocks' own matrices bf16."""
     for name, p in module.named_parameters():
-        is_bf16 = bf16_weights and re.search(r"\b(attention|ffn)\.", name)
+        is_bf16 = bf16_weights and re.search(r"\b(attention|ffn)\.(?!.*lora_)", name)
         dtype = torch.bfloat16 if is_bf16 else torch.float32
         if p.dtype != dtype:
             p.data = p.data.to(dtype)
@@ -220,6 +220,8 @@ def transfer_moments(model, optimizer, step: int, folder, dist: Distributed, sav
     from torch.distributed import checkpoint as dcp
     tensors = {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         state = optimizer.state[p]
         if not state:
             state |= {key: torch.zeros_like(p) for key in MOMENTS}

@@ -51,7 +51,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             d_hidden_RD = torch.empty_like(hidden_RD)
             # the head's gradient is summed over chunks, so it is summed in fp32 at least
             sum_dtype = torch.promote_types(head_VD.dtype, torch.float32)
-            d_head_VD = torch.zeros_like(head_VD, dtype=sum_dtype)
+            d_head_VD = None
+            if ctx.needs_input_grad[1]:                  # but not of a frozen head
+                d_head_VD = torch.zeros_like(head_VD, dtype=sum_dtype)
         # cast once; under autocast the products of the gradient are in bf16 on a CPU too
         cast_hidden_RD, cast_head_VD = operands(hidden_RD, head_VD)
         size = chunk_rows(head_VD)
@@ -70,17 +72,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             d_logits_RV.mul_(weight_R[rows, None] / temperature)
             d_logits_RV = d_logits_RV.to(cast_head_VD.dtype)
             d_hidden_RD[rows] = (d_logits_RV @ cast_head_VD).to(hidden_RD.dtype)
-            d_head_VD += d_logits_RV.T @ cast_hidden_RD[rows]
+            if d_head_VD is not None:
+                d_head_VD += d_logits_RV.T @ cast_hidden_RD[rows]
         # the gradient is whole: `backward` has only to scale it
         if needs_grad:
-            ctx.save_for_backward(d_hidden_RD, d_head_VD.to(head_VD.dtype))
+            ctx.save_for_backward(d_hidden_RD, d_head_VD)
         ctx.mark_non_differentiable(nll_R)
         return (weight_R * nll_R).sum(), nll_R
 
     @staticmethod
     def backward(ctx, d_sum, _):
         d_hidden_RD, d_head_VD = ctx.saved_tensors
-        return d_hidden_RD * d_sum, d_head_VD * d_sum, None, None, None, None
+        if d_head_VD is not None:
+            d_head_VD = d_head_VD * d_sum
+        return d_hidden_RD * d_sum, d_head_VD, None, None, None, None
 
 
 def chunked_cross_entropy(hidden_RD, head_VD, target_R, weight_R, temperature=1.0, masked_ids=()):

@@ -218,6 +218,7 @@ class Mistral(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         self.recompute = 0            # activation checkpointing of every n-th block; 0 none, 1 all
+        self.adapter = None           # formats/lora.py: what learns instead of the weights
 
     def init_weights(self, generator: torch.Generator):
         """Initialise as GPT-2: N(0, 0.02), and less by depth for what writes to the residual."""

@@ -26,6 +26,7 @@ import config
 import distributed
 from config import UserError
 from data import RNG_THOUGHTS, RNG_WEIGHTS, Batches, TokenFile, seed_of
+from formats.lora import add_adapter
 from model import Mistral, ModelConfig
 from scoring import check_context, evaluate_held_out, load_task
 from thoughts import PlainObjective, QuietSTaR, ThoughtConfig, base_model, denominators
@@ -58,6 +59,7 @@ class TrainConfig:
     positions: Literal["all", "random", "uncertain", "gate"] = "all"  # that think
     think_share: float = 1.0          # share of the positions, if they are not all
     gate: str = ""                    # file that tools.gate wrote, for --positions=gate
+    lora: int = 0                     # rank of adapters that learn instead of the weights; 0: none
     recompute: int = 0                # activation checkpointing of every n-th block; 0 none, 1 all
     dtype: Literal["float32", "bfloat16"] = "float32"  # type of the matrix products
     weights: Literal["fp32", "bf16"] = "fp32"  # type of the blocks' matrices, rounded at random
@@ -74,6 +76,7 @@ class TrainConfig:
         config.check_ranges(self, batch_size=(1, 1 << 20), grad_accum=1, seq_len=2, lr=(1e-12, 1),
                             marker_lr=(0, 1e6), mixing_lr=(0, 1e6), weight_decay=(0, 1),
                             beta2=(0, 0.999999), grad_clip=1e-6, think_share=(1e-6, 1),
+                            lora=(0, 1024),
                             eval_texts=1, save_every=1)
         if self.positions == "all" and self.think_share < 1:
             raise UserError(f"--think_share={self.think_share} of which positions? Choose "
@@ -104,16 +107,24 @@ def build_model(cfg: TrainConfig, model_cfg, thought_cfg, tokenizer, resumed):
         if "--vocab_size" not in config.options_on_command_line():
             model_cfg = replace(model_cfg, vocab_size=tokenizer.vocab_size)
         model = Mistral(model_cfg).init_weights(generator)
+        if cfg.lora:
+            raise UserError(f"--lora={cfg.lora} freezes the weights: name them with --init_from")
     else:
         folder = resumed or checkpoint.find_checkpoint(cfg.init_from)
         model = checkpoint.load_model(folder, dtype=None, thought_config=thought_cfg)
     base = base_model(model)
     checkpoint.check_tokenizer(resumed or cfg.init_from, base.config, tokenizer)
     if cfg.objective == "plain":
-        return base
-    if isinstance(model, QuietSTaR):
-        return model
-    return checkpoint.add_thoughts(base, thought_cfg, dash_id(tokenizer), generator)
+        model = base
+    elif not isinstance(model, QuietSTaR):
+        model = checkpoint.add_thoughts(base, thought_cfg, dash_id(tokenizer), generator)
+    found = base.adapter.rank if base.adapter else 0
+    if found and found != cfg.lora:
+        raise UserError(f"{cfg.init_from} is an adapter of rank {found}: add --lora={found}, or "
+                        "merge it first (checkpoint.py --convert)")
+    if cfg.lora and not found:
+        add_adapter(base, checkpoint.as_base(folder, cfg.lora), generator)
+    return model
 
 
 def load_probe(file, dim: int):
@@ -134,6 +145,8 @@ def build_optimizer(model, cfg: TrainConfig):
         "mixing_head": dict(params=[], scale=cfg.mixing_lr, weight_decay=cfg.weight_decay)}
     # vectors are not decayed; markers and mixing head are new and learn at rates of their own
     for name, p in model.named_parameters():
+        if not p.requires_grad:                          # frozen beside adapters
+            continue
         kind = "decay" if p.dim() > 1 else "no_decay"
         if name.endswith("_thought"):
             kind = "markers"

@@ -8,7 +8,7 @@ checkpoint.py reads three layouts and writes the first:
             `quiet_star` section in config.json, which other programs ignore
   official  as ezelikman/quietstar-8-ahead: talk_head.*, and markers that are divided by 100
   mistral   Mistral's own files, with other names and another order of the rows of q and k
-Left out on purpose: yarn, mixtures of experts, quantised weights, adapters, and pickled files.
+Left out on purpose: yarn, mixtures of experts, quantised weights, and pickled files.
 """
 import re
 from dataclasses import asdict, dataclass, fields
@@ -71,9 +71,13 @@ CONVERTED_BYTES = 64 << 20            # of a tensor, converted at a time
 
 def file_name(name: str, layout: str) -> str:
     """Return a parameter's name in a layout: head.weight is lm_head.weight in ours."""
-    module, leaf = re.fullmatch(r"(.+?)(\.weight|\.bias)?", name.removeprefix("model.")).groups("")
+    pattern = r"(.+?)(\.weight|\.bias|\.lora_[AB])?"
+    module, leaf = re.fullmatch(pattern, name.removeprefix("model.")).groups("")
     number = "".join(re.findall(r"\d+", module))
-    return LAYOUTS[layout][re.sub(r"\d+", "#", module)].replace("#", number) + leaf
+    stored = LAYOUTS[layout][re.sub(r"\d+", "#", module)].replace("#", number)
+    if leaf.startswith(".lora"):      # as PEFT stores them
+        return f"base_model.model.{stored}{leaf}.weight"
+    return stored + leaf
 
 
 def permute_rope(tensor, name: str, config: ModelConfig):
@@ -244,9 +248,17 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     return {name: LazyTensor(path, name, tensor) for name, tensor in mapped.items()}
 
 
+def own_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that a checkpoint holds by name: all, or with adapters what learns."""
+    parameters = dict(model.named_parameters())
+    if any(".lora_" in name for name in parameters):
+        return {name: p for name, p in parameters.items() if p.requires_grad}
+    return parameters
+
+
 def checked_names(path: Path, model: torch.nn.Module, layout: str, tensors: dict) -> dict[str, str]:
     """Return the stored name of every parameter. Raises UserError unless all fit, and no others."""
-    parameters = dict(model.named_parameters())
+    parameters = own_parameters(model)
     names = {name: file_name(name, layout) for name in parameters}
     known = {*names.values(), file_name("head.weight", layout)}        # the head may be tied
     # Old Llama files repeat the frequencies of the rotary positions.

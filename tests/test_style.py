@@ -75,9 +75,9 @@ def nesting(node, level: int = 0) -> int:
 
 def test_the_house_is_small():
     sizes = {name: len(lines_of(name)) for name in NAMES}
-    assert len([name for name in NAMES if "/" not in name]) <= 15
-    assert sum(sizes[name] for name in BOOK) <= 1900
-    assert sum(sizes.values()) <= 6200
+    assert len([name for name in NAMES if "/" not in name]) <= 16
+    assert sum(sizes[name] for name in BOOK) <= 1925
+    assert sum(sizes.values()) <= 6368
     assert max(sizes.values()) <= 400
 
 
@@ -152,7 +152,7 @@ def test_no_two_files_define_the_same_public_name():
 def test_imports_run_one_way():
     for name in NAMES:
         assert name not in set().union(*map(reached_from, imports_of(name)), imports_of(name))
-    assert len(reached_from("train.py")) <= 15
+    assert len(reached_from("train.py")) <= 16
     assert not {"thoughts.py", "attention.py"} & reached_from("model.py")
 
 
