@@ -158,21 +158,26 @@ def heads_to_thoughts(x_BhPE, shape):
     return x_BhPE.reshape(B, K, G, N, m, P, -1).permute(0, 3, 5, 4, 1, 2, 6)
 
 
+def has_fused_kernel(q) -> bool:
+    """True if `causal_flash` takes tensors like `q`; on any other device there is the reference."""
+    if not q.is_cuda:
+        return q.device.type == "cpu"
+    # bf16 and heads of 8 to 256, from Ampere on
+    fits = q.dtype == torch.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
 def attend_branch(q, branch_kv, k_text, v_text, position_BP, window, all_positions):
     """Attention of branch tokens, by TwoPartAttention if `all_positions`, 0 .. P-1, think."""
     M = sum(k.shape[3] for k in branch_kv[::2])
     window_binds = window and window < k_text.shape[1] + M
-    # a GPU's fused kernel takes bf16 and heads of 8 to 256, from Ampere on
-    no_kernel = q.is_cuda and (
-        q.dtype != torch.bfloat16 or q.shape[-1] % 8 or q.shape[-1] > 256
-        or torch.cuda.get_device_capability(q.device) < (8, 0))
     # on a CPU the kernel's backward is 8 times slower in bf16, and less accurate: use fp32 there
     dtype = q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
     tensors = [t.to(dtype) for t in (q, k_text, v_text, *branch_kv)]
     q_BNPmHE, k_text, v_text, *branch_kv = tensors
     # and autocast would make products of them bf16 again
     with torch.autocast(q.device.type, enabled=False):
-        if not all_positions or window_binds or no_kernel:
+        if not all_positions or window_binds or not has_fused_kernel(q_BNPmHE):
             k, v = concatenated(branch_kv)
             out = thought_attention(q_BNPmHE, k, v, k_text, v_text, position_BP, window)
         else:

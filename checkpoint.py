@@ -152,11 +152,12 @@ def _set_parameter(model, name: str, tensor) -> None:
     setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
 
 
-def load_for_inference(folder: str, device: str, tokenizer) -> Mistral | QuietSTaR:
-    """Load a model to sample or evaluate: float32 on a CPU, bfloat16 on a GPU."""
-    device = pick_device(device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = load_model(find_checkpoint(folder), device, dtype)
+def load_for_inference(folder: str, device: str, tokenizer, dtype="auto") -> Mistral | QuietSTaR:
+    """Load a model to sample or evaluate; `dtype` auto is float32 on a CPU, bfloat16 on a GPU."""
+    device = pick_device(device, allow_mps=True)
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    model = load_model(find_checkpoint(folder), device, getattr(torch, dtype))
     check_tokenizer(folder, base_model(model).config, tokenizer)
     return model
 

@@ -37,11 +37,15 @@ MOMENTS = "exp_avg", "exp_avg_sq"     # AdamW's means of the gradient and of its
 SINGLE = Distributed(0, 1, torch.device("cpu"))
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device for auto (CUDA if there is one), cpu or cuda: this process's own GPU."""
+def pick_device(name: str, allow_mps: bool = False) -> torch.device:
+    """Return the device for cpu, cuda (this process's own GPU), mps, or auto: CUDA if there is one,
+    else a Mac's GPU if that is allowed, else the CPU. Raises UserError if there is none such."""
     index, n_devices = number_in_environment("LOCAL_RANK", 0), torch.cuda.device_count()
-    if name == "cuda" and not n_devices:
-        raise UserError("--device=cuda, but this PyTorch sees no CUDA device: use --device=cpu")
+    has_mps = torch.backends.mps.is_available()
+    if (name == "cuda" and not n_devices) or (name == "mps" and not has_mps):
+        raise UserError(f"--device={name}, but this PyTorch sees no such device: use --device=cpu")
+    if name == "mps" or (name == "auto" and allow_mps and has_mps and not n_devices):
+        return torch.device("mps")
     if name == "cpu" or not n_devices:
         return torch.device("cpu")
     if index >= n_devices:
@@ -56,11 +60,14 @@ def number_in_environment(name: str, default: int) -> int:
     return int(text)
 
 
-def init_distributed(device: str, strategy: str = "auto") -> Distributed:
+def init_distributed(device: str, strategy: str = "auto", allow_mps: bool = False) -> Distributed:
     """Join the processes that torchrun started, if it did; `strategy` auto then means ddp."""
-    own_device, n_processes = pick_device(device), os.environ.get("WORLD_SIZE", "1")
+    own_device = pick_device(device, allow_mps)
+    n_processes = os.environ.get("WORLD_SIZE", "1")
     if n_processes == "1":
         return Distributed(0, 1, own_device)
+    if own_device.type == "mps":
+        raise UserError(f"{n_processes} processes cannot share one mps device: use --device=cpu")
     absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if absent:
         raise UserError(f"WORLD_SIZE={n_processes} in the environment, but no {', '.join(absent)}: "

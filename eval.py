@@ -55,7 +55,8 @@ class EvalConfig:
     batch_size: int = 16                  # texts in a batch
     against: str = ""                     # json of another run on the same text, to compare with
     out: str = ""                         # json to write; for questions by default in CHECKPOINT
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
 
     def __post_init__(self):
         if not self.asks_questions:
@@ -121,9 +122,9 @@ def evaluate_data(model, tokenizer, cfg: EvalConfig, dist: Distributed) -> dict:
 def main():
     # setup: rank and device, tokenizer and model
     (cfg,) = config.parse(EvalConfig)
-    dist = init_distributed(cfg.device)
+    dist = init_distributed(cfg.device, allow_mps=True)
     tokenizer = load_tokenizer(cfg.data or find_checkpoint(cfg.checkpoint))
-    model = load_for_inference(cfg.checkpoint, cfg.device, tokenizer)
+    model = load_for_inference(cfg.checkpoint, cfg.device, tokenizer, cfg.dtype)
     if cfg.aloud:
         model = ReasonsAloud(base_model(model), cfg.thought_len, dash_id(tokenizer))
     elif cfg.thought_len is not None:

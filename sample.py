@@ -45,7 +45,8 @@ class SampleConfig:
     gate: str = ""                    # nats of entropy that open the gate, or a tools.gate file
     show_thoughts: bool = False       # show each token's thought, mixing weight and gain
     html: str = ""                    # file to write a page to that shows everything
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU if there is one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU
 
     def __post_init__(self):
         config.check_ranges(self, max_new_tokens=1, samples=(1, 10_000), temperature=(0, 100))
@@ -149,7 +150,8 @@ def main():
     (cfg,) = config.parse(SampleConfig)
     # the tokenizer lies beside the weights
     tokenizer = load_tokenizer(find_checkpoint(cfg.checkpoint))
-    model = load_for_inference(cfg.checkpoint, cfg.device, tokenizer).requires_grad_(False)
+    model = load_for_inference(cfg.checkpoint, cfg.device, tokenizer, cfg.dtype)
+    model.requires_grad_(False)
     if not isinstance(model, QuietSTaR) and (cfg.show_thoughts or cfg.html or cfg.gate):
         raise UserError(f"{cfg.checkpoint} has no thoughts to show: train it to think (train.py)")
     # a gate decides before each token whether a thought there is likely to pay

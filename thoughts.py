@@ -326,7 +326,9 @@ def denominators(valid_BL, config: ThoughtConfig, n_positions: int | None = None
     n_base = valid_BL[:, 1:].sum()
     n_mixed_A = [valid_BL[:, a:].sum() for a in range(1, config.n_true + 1)]
     n_rewards = torch.ones_like(valid_BL[:, config.n_true + 1:]).sum()
-    counts = torch.stack([n_base, *n_mixed_A, n_rewards]).double()
+    counts = torch.stack([n_base, *n_mixed_A, n_rewards])
+    # a Mac's GPU has no float64
+    counts = counts.to(torch.float32 if counts.device.type == "mps" else torch.float64)
     return torch.cat((counts[:1], counts[1:] * config.n_thoughts * share))
 
 

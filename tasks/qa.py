@@ -151,7 +151,7 @@ def find_answer(text, tokenizer):
 def score_answer(answer, logits_SV, temperatures, task, variant):
     """Return nll_VARIANT and soft_VARIANT at each temperature and, for CommonsenseQA, right_VARIANT
     (0 or 1). The logits predict the S tokens of the answer, from `start` on."""
-    logits_SV = logits_SV.double()
+    logits_SV = logits_SV.cpu().double()
     target_S1 = logits_SV.new_tensor(answer.ids[answer.start:]).long()[:, None]
     candidates = answer.candidates or slice(None)
     nll, soft = [], []

@@ -1,4 +1,8 @@
 """Structured attention against one dense mask; values to 1e-5, gradients to 1e-4."""
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -171,3 +175,13 @@ def test_positions_of_sampling_are_those_of_the_packed_pass():
     assert seen[1][0].tolist() == [1, 2, 3, 4]                     # start: one past each position
     assert seen[2][0].tolist() == [2, 3, 3, 4, 4, 5, 5, 6]
     assert seen[3][0].tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.slow
+def test_the_core_holds_on_a_device_without_the_fused_kernel():
+    """Such as a Mac's GPU, on which the project was never tried: the same tests, by the reference."""
+    core = [f"tests/test_{name}.py" for name in ("golden", "thoughts", "scoring", "eval", "sample")]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "unfused",
+                           "-m", "not slow", *core], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": f".:tests:{os.environ.get('PYTHONPATH', '')}"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr

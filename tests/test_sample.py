@@ -1,5 +1,6 @@
 """Generation, as a person would use it."""
 import io
+import json
 import os
 import pty
 import select
@@ -389,3 +390,26 @@ def test_a_filler_model_shows_the_markers_that_it_reads_and_no_tokens(call, game
         thoughts = [line.split()[3:] for line in out.splitlines() if "startthought" in line]
         assert len(thoughts) >= 2
         assert all("".join(thought) == 3 * "<|startthought|>" for thought in thoughts)
+
+
+def test_bf16_on_a_cpu_says_what_fp32_says_but_for_rounding(call, checkpoint, game):
+    """As a 7B model on a laptop of 24 GB needs; the measures of an evaluation barely move."""
+    argv = f"--checkpoint={checkpoint}", f"--prompt={PROMPT}", "--max_new_tokens=3", "--device=cpu"
+    assert call(sample, *argv, "--dtype=bfloat16")[0] == 0
+    means = {}
+    for dtype in ("float32", "bfloat16"):
+        out = checkpoint.parent / f"{dtype}.json"
+        status, _, stderr = call(
+            evaluate, f"--checkpoint={checkpoint}", f"--data={game}/without_reasoning",
+            "--texts=20", f"--dtype={dtype}", "--device=cpu", f"--out={out}")
+        assert status == 0, stderr
+        means[dtype] = json.loads(out.read_text())["nll_mixed"]["mean"]
+    assert means["bfloat16"] != means["float32"]
+    assert means["bfloat16"] == pytest.approx(means["float32"], rel=0.02)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one")
+def test_a_device_that_is_not_there_is_refused(call, checkpoint):
+    for script, source in (sample, "--prompt=ball"), (evaluate, "--data=x"):
+        status, _, stderr = call(script, f"--checkpoint={checkpoint}", source, "--device=mps")
+        assert status == 2 and "--device=mps, but this PyTorch sees no such device" in stderr
