@@ -45,12 +45,14 @@ class ThoughtConfig:
     policy_temperature: float = 3.0   # temperature of the softmax in REINFORCE (official code)
     base_weight: float = 0.5          # weight of the base likelihood; the mixed one has the rest
     advantage: Literal["clamped", "leave_one_out"] = "clamped"  # official, or signed and unbiased
+    discount: float = 1.0             # factor of the reward for each true token further ahead
     filler: bool = False              # control experiment: every thought token is the start marker
     marker_ids: tuple[int, ...] = ()  # vocabulary rows of the markers, if any; never sampled
 
     def __post_init__(self):
         check_ranges(self, thought_len=(0, 4096), n_thoughts=(1, 4096), n_true=(1, 4096),
-                     policy_weight=(0, 1e9), policy_temperature=(1e-3, 1000), base_weight=(0, 1))
+                     policy_weight=(0, 1e9), policy_temperature=(1e-3, 1000), base_weight=(0, 1),
+                     discount=(0, 1))
 
 
 @dataclass
@@ -155,7 +157,9 @@ class QuietSTaR(nn.Module):
 
         #    the reward of a thought: nats gained on the true tokens, compared with all N thoughts
         base_nll_BPA = gather_ahead(base_nll_BL, position_BP, cfg.n_true) * target_mask_BPA
-        reward_BNP = (base_nll_BPA[:, None] - mixed_nll_BNPA).sum(dim=-1)
+        gain_BNPA = base_nll_BPA[:, None] - mixed_nll_BNPA
+        discount_A = cfg.discount ** torch.arange(cfg.n_true, device=ids_BL.device)
+        reward_BNP = (gain_BNPA * discount_A).sum(dim=-1)
         baseline_B1P = reward_BNP.mean(dim=1, keepdim=True)          # dim 1: thoughts
         policy_mask_BP = position_BP <= ids_BL.shape[1] - 2 - cfg.n_true     # as the official code
         advantage_BNP = (reward_BNP - baseline_B1P) * policy_mask_BP[:, None]

@@ -269,15 +269,16 @@ def gradient(quiet, *args, **kwargs):
     return {name: p.grad.clone() for name, p in quiet.named_parameters()}
 
 
-@pytest.mark.parametrize("advantage", ["clamped", "leave_one_out"])
-def test_the_policy_gradient_equals_exact_enumeration(advantage):
+@pytest.mark.parametrize("advantage, n_true", [("clamped", 1), ("leave_one_out", 1),
+                                               ("clamped", 2), ("leave_one_out", 2)])
+def test_the_policy_gradient_equals_exact_enumeration(advantage, n_true):
     """All pairs of one-token thoughts over a vocabulary of 4, each with its probability; the
     sampler reaches a token by the uniform number in the middle of its stretch. Signed and against
     the other thought alone, it is minus the gradient of the expected reward: unbiased."""
     V = 4
-    quiet = tiny_quiet(model=dict(vocab_size=V), thought_len=1, n_true=1, policy_temperature=1.0,
-                       advantage=advantage)
-    ids_BL = texts(1, 3, vocab_size=V)                       # REINFORCE looks at position 0 alone
+    quiet = tiny_quiet(model=dict(vocab_size=V), thought_len=1, n_true=n_true,
+                       policy_temperature=1.0, advantage=advantage, discount=0.6)
+    ids_BL = texts(1, 2 + n_true, vocab_size=V)             # REINFORCE looks at position 0 alone
     valid_BL = torch.ones_like(ids_BL).bool()
     said_SD = torch.stack([*quiet.model.embed(ids_BL[0, :1]), quiet.start_thought])
     state = plain_pass(quiet, said_SD)[-1]
@@ -286,11 +287,15 @@ def test_the_policy_gradient_equals_exact_enumeration(advantage):
 
     def reward(token):
         _, said = serial(quiet, ids_BL[0, :1], thought=torch.tensor([token]))
-        after = plain_pass(quiet, torch.stack(said))[-1]
-        base = plain_pass(quiet, torch.stack(said[:1]))[-1]
-        mixed, _ = quiet.mix(base, after)
-        logits = [quiet.model.head(x).log_softmax(-1)[ids_BL[0, 1]] for x in (mixed, base)]
-        return (logits[0] - logits[1]).item()
+        total = 0
+        for a in range(n_true):
+            true_aD = quiet.model.embed(ids_BL[0, 1:1 + a])
+            after = plain_pass(quiet, torch.cat((torch.stack(said), true_aD)))[-1]
+            base = plain_pass(quiet, torch.cat((torch.stack(said[:1]), true_aD)))[-1]
+            mixed, _ = quiet.mix(base, after)
+            logp = [quiet.model.head(x).log_softmax(-1)[ids_BL[0, 1 + a]] for x in (mixed, base)]
+            total += 0.6 ** a * (logp[0] - logp[1]).item()
+        return total
     reward_V = [reward(token) for token in range(V)]
     expected_loss = 0
     for y in range(V):
@@ -307,7 +312,7 @@ def test_the_policy_gradient_equals_exact_enumeration(advantage):
     middle_V, sums = p_V.cumsum(0) - p_V / 2, {}
     for y in range(V):
         for z in range(V):
-            uniform_BNPT = middle_V[[y, z]].view(1, 2, 1, 1).expand(1, 2, 2, 1)
+            uniform_BNPT = middle_V[[y, z]].view(1, 2, 1, 1).expand(1, 2, 1 + n_true, 1)
             grads = []
             for policy_weight in (1.0, 0.0):
                 quiet.config = replace(quiet.config, policy_weight=policy_weight)
@@ -331,6 +336,15 @@ def test_how_far_the_clamped_advantage_is_from_unbiased():
     cosine = torch.cosine_similarity(unbiased, clamped, dim=0)
     assert float(cosine) == pytest.approx(0.994, abs=1e-3)
     assert float(clamped.norm() / unbiased.norm()) == pytest.approx(0.33, abs=5e-3)
+
+
+def test_the_reward_of_tokens_further_ahead_is_discounted():
+    ids_BL, uniform_BNPT = texts(2, 9), uniforms(2, 2, 8, 3)
+    out = tiny_quiet(n_true=3, discount=0.7)(ids_BL, ids_BL >= 0, uniform_BNPT=uniform_BNPT)
+    for j in range(5):
+        gain_BNA = out.base_nll_BL[:, None, j:j + 3] - out.mixed_nll_BNPA[:, :, j]
+        expected_BN = gain_BNA @ torch.tensor([1.0, 0.7, 0.49])
+        torch.testing.assert_close(out.reward_BNP[:, :, j], expected_BN, rtol=1e-4, atol=1e-5)
 
 
 def test_micro_batches_with_unequal_padding_equal_one_batch():
