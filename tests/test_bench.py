@@ -1,16 +1,22 @@
 """tools/bench.py and tools/memory.py: counts that do not vary; and the naive scheme is ours."""
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from checkpoint import save_model
 from flops import step_flops
 from inference import Generator
 from model import Mistral, ModelConfig
 from naive import naive_objective, naive_step
 from thoughts import QuietSTaR, ThoughtConfig
+from tokenizer import load_tokenizer
 from tools import bench, memory
 from tools.one_pass import use_one_pass
 from toys import texts, tiny_quiet, uniforms
@@ -162,6 +168,67 @@ def test_the_memory_table_has_a_row_for_each_number_of_gpus(call):
     status, out, _ = call(memory, "--gpus=1,8")
     rows = [line.split(" | ")[0] for line in out.splitlines()]
     assert status == 0 and rows[0] == "| GPUs" and rows[2:] == ["| 1", "| 8"]
+
+
+def test_the_table_of_cards_says_what_fits(call):
+    status, out, _ = call(memory, "--cards=24,80", "--grad_accum=8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    assert status == 0 and rows[0] == ["", "states, GB", "24 GB", "80 GB"]
+    assert [row[0] for row in rows[2:]] == [*memory.SCHEMES]
+    fits = {row[0]: row[2:] for row in rows[2:]}
+    assert fits["fp32 weights and moments"] == ["-", "-"]
+    name = "bf16 weights, LoRA of rank 16"
+    c, scheme = ThoughtConfig(), memory.MemoryConfig(grad_accum=8, **memory.SCHEMES[name])
+    for length, card in zip(map(int, fits[name]), (24, 80)):
+        peaks = [memory.step_memory(replace(scheme, seq_len=n), ModelConfig(), c, 1)["peak"]
+                 for n in (length, length + 16)]
+        assert peaks[0] <= memory.USABLE * memory.CARD_BYTES[card] < peaks[1]
+    assert call(memory, "--cards=25")[0] == 2
+
+
+PEAK = """
+import os, re, sys
+sys.path.insert(0, ".")
+import checkpoint, config, train
+
+def report(*_, **__):
+    (kilobytes,) = re.findall(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
+    print(int(kilobytes) * 1024, flush=True)
+    os._exit(0)
+
+checkpoint.save_run = report
+config.run(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its peak from /proc")
+def test_small_runs_hold_what_the_formulas_say(game, tmp_path):
+    """Beyond a tiny run, which holds Python and torch; with an allocator that keeps nothing."""
+    shape = dict(vocab_size=1000, dim=1024, n_layers=4, n_heads=8, n_kv_heads=2, ffn_dim=3584)
+    model = Mistral(ModelConfig(**shape)).init_weights(torch.Generator().manual_seed(0))
+    save_model(model, tmp_path / "base", torch.bfloat16, tokenizer=load_tokenizer(game))
+    del model
+    own = [f"--{name}={value}" for name, value in shape.items()]
+    runs = {"tiny": ["--dim=64", "--n_layers=1", "--n_heads=4", "--n_kv_heads=2", "--ffn_dim=128"],
+            "8bit": ["--weights=bf16", "--moments=8bit", *own],
+            "lora": ["--weights=bf16", "--lora=16", f"--init_from={tmp_path / 'base'}"]}
+    peak = {}
+    for name, words in runs.items():
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, f"--data={game}/without_reasoning",
+             f"--out={tmp_path / name}", "--steps=2", "--batch_size=1", "--seq_len=32",
+             "--crops=stream", "--recompute=1", "--dtype=bfloat16", "--eval_every=0", *words],
+            capture_output=True, text=True, env={
+                **os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000",
+                "MALLOC_TRIM_THRESHOLD_": "1000000"})
+        assert done.returncode == 0, done.stderr
+        peak[name] = int(done.stdout.splitlines()[-1])
+    schemes = {"8bit": dict(moments="8bit"), "lora": dict(lora=16)}
+    for name, scheme in schemes.items():
+        cfg = memory.MemoryConfig(weights="bf16", seq_len=32, **scheme)
+        found = memory.step_memory(cfg, ModelConfig(**shape), ThoughtConfig(), 1)["peak"]
+        assert peak[name] - peak["tiny"] == pytest.approx(found, rel=0.15), name
 
 
 # ------------------------------------------------------------------------------------ the script
