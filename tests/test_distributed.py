@@ -347,16 +347,29 @@ def test_the_scripts_for_7b_run_as_typed_on_a_small_model_of_the_same_layout(gam
     parquet.write_table(pyarrow.table({"text": texts, "url": texts}),
                         files / "owm" / "data" / "train-00000-of-00114.parquet")
     binaries.mkdir()
-    for name, text in (("hf", HF), ("torchrun", TORCHRUN),
+    for name, text in (("hf", HF), ("torchrun", TORCHRUN), ("nvidia-smi", "#!/bin/sh\necho $MIB\n"),
                        ("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')):
         (binaries / name).write_text(text)
         (binaries / name).chmod(0o755)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "FILES": str(files),
            "PATH": f"{binaries}:{os.environ['PATH']}"}
-    for script, steps in (("8gpu", "2"), ("1gpu", "3")):
+
+    def run(script, steps, mib=0):
         done = subprocess.run(["sh", f"runs/mistral7b_{script}.sh"], cwd=tmp_path, text=True,
-                              capture_output=True, env=env | {"STEPS": steps})
-        assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stdout             # one GPU went on with what two had begun
-    trained = tensors(tmp_path / "out" / "mistral7b")
+                              capture_output=True, env=env | {"STEPS": steps, "MIB": str(mib)})
+        assert done.returncode == 0 or not mib, done.stderr
+        return done
+    assert run("8gpu", "2").returncode == 0
+    assert "going on from" in run("1gpu", "3", 143771).stdout     # with what two had begun
+    out = tmp_path / "out" / "mistral7b"
+    trained = tensors(out)
     assert "start_thought" in trained and {t.dtype for t in trained.values()} == {torch.float32}
+    shutil.rmtree(out)
+    assert "MiB: --weights=bf16 --moments=bf16" in run("1gpu", "2", 81559).stdout
+    matrix = load_model(find_checkpoint(out), dtype=None).model.layers[0].ffn.up.weight
+    assert matrix.dtype == torch.bfloat16
+    shutil.rmtree(out)
+    assert "--lora=16" in run("1gpu", "1", 24564).stdout
+    assert (find_checkpoint(out) / "adapter_model.safetensors").is_file()
+    refused = run("1gpu", "1")
+    assert refused.returncode == 1 and "7B needs a GPU of 24 GB" in refused.stderr
