@@ -5,7 +5,8 @@
 
 Two layers cannot compose the swaps in one pass, but can follow the ball one swap at a time. 30 % of
 the lines of `with_reasoning` do so, and none of `without_reasoning`, where nothing can be imitated.
-`python -m tasks.shell_game` writes both. Left out on purpose: levels of difficulty.
+`python -m tasks.shell_game` writes both; --hints adds `with_hints`, where half of that reasoning
+follows the answer: `now a — c d d a a — a .`. Left out on purpose: levels of difficulty.
 """
 import json
 import random
@@ -20,10 +21,11 @@ from tokenizer import load_tokenizer
 CUPS = "abcde"
 SWAPS = "ab ac ad ae bc bd be cd ce de".split()
 WORDS = ["ball", ":", "now", "—", ".", *CUPS, *SWAPS]
-# Folder, share of lines with reasoning, and seed of each corpus. The seeds keep the old names of
-# the corpora, because the published numbers depend on the text that they give.
-CORPORA = (("with_reasoning", 0.3, "shell game, aloud, seed {}"),
-           ("without_reasoning", 0.0, "shell game, silent, seed {}"))
+# Folder, share of lines with reasoning, share of these with a hint, and seed of each corpus. The
+# seeds keep the old names of the corpora, because the published numbers depend on their text.
+CORPORA = (("with_reasoning", 0.3, 0.0, "shell game, aloud, seed {}"),
+           ("without_reasoning", 0.0, 0.0, "shell game, silent, seed {}"))
+HINTS = ("with_hints", 0.3, 0.5, "shell game, hints, seed {}")
 
 
 def follow(cup: str, swaps: list[str]):
@@ -36,7 +38,7 @@ def follow(cup: str, swaps: list[str]):
     return seen
 
 
-def game_lines(n_lines: int, share_with_reasoning: float, seed: str):
+def game_lines(n_lines: int, share_with_reasoning: float, share_of_hints: float, seed: str):
     """Yield lines without their full stop, which is the vocabulary's eos."""
     rng = random.Random(seed)
     for _ in range(n_lines):
@@ -45,19 +47,22 @@ def game_lines(n_lines: int, share_with_reasoning: float, seed: str):
         seen, reasoning = follow(start, swaps), []
         if rng.random() < share_with_reasoning:    # the last cup is repeated: a thought is longer
             reasoning = ["—", *seen, *rng.randint(0, 3) * seen[-1:], "—"]
+            if share_of_hints and rng.random() < share_of_hints:
+                reasoning = [seen[-1], *reasoning]
         yield " ".join(["ball", start, ":", *swaps, "now", *reasoning, seen[-1]])
 
 
-def write_corpora(out: str, n_lines: int, seed: int):
-    """Write `out`/words.json and, in a folder each, the token files of both corpora."""
+def write_corpora(out: str, n_lines: int, seed: int, corpora=CORPORA):
+    """Write `out`/words.json and, in a folder each, the token files of the corpora."""
     words = dict(words=WORDS, bos=None, eos=".")
     config.write_text(f"{out}/words.json", json.dumps(words, ensure_ascii=False))
     tokenizer = load_tokenizer(f"{out}/words.json")
-    for name, share, source in CORPORA:
+    for name, share, share_of_hints, source in corpora:
         folder = f"{out}/{name}"
         source = source.format(seed)
-        meta = prepare(game_lines(n_lines, share, source), tokenizer, folder, val_share=0.1,
-                       sources=[source], split_key=lambda line: line.partition(" now")[0])
+        lines = game_lines(n_lines, share, share_of_hints, source)
+        meta = prepare(lines, tokenizer, folder, val_share=0.1, sources=[source],
+                       split_key=lambda line: line.partition(" now")[0])
         print(f"{folder}: {meta['n_docs']} lines, {meta['n_tokens']} tokens")
 
 
@@ -91,12 +96,16 @@ class ShellGameConfig:
     out: str = "data/shell_game"      # folder to write: the words and both corpora
     lines: int = 200_000              # lines in each corpus, a tenth of them held out
     seed: int = 0                     # seed of the puzzles
+    hints: bool = False               # write a third corpus, for STaR's rationalisation
 
 
 def main():
     (cfg,) = config.parse(ShellGameConfig)
     config.check_ranges(cfg, lines=1)
-    write_corpora(cfg.out, cfg.lines, cfg.seed)
+    corpora = CORPORA
+    if cfg.hints:
+        corpora += (HINTS,)
+    write_corpora(cfg.out, cfg.lines, cfg.seed, corpora)
 
 
 if __name__ == "__main__":

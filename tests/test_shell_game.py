@@ -57,6 +57,18 @@ def test_every_answer_and_every_reasoning_is_right(folder):
             assert reasoning[len(swaps):] in [[answer] * n for n in range(4)]
 
 
+def test_half_of_the_reasoning_follows_a_hint_in_the_third_corpus_alone(tmp_path):
+    shell_game.write_corpora(str(tmp_path), N_LINES, 0, (shell_game.HINTS,))
+    file, tokenizer = TokenFile(tmp_path / "with_hints", "train"), load_tokenizer(tmp_path)
+    lines = [tokenizer.decode(file.document(i)) for i in range(file.n_docs)]
+    hinted = [re.fullmatch(r"(.* now )([a-e]) (— .*)", line) for line in lines]
+    for start, answer, rest in [found.groups() for found in hinted if found]:
+        assert LINE.fullmatch(start + rest)[4] == answer
+    aloud = [line for line in lines if "—" in line]
+    assert sum(map(bool, hinted)) / len(aloud) == pytest.approx(0.5, abs=0.04)
+    assert len(aloud) / len(lines) == pytest.approx(0.3, abs=0.03)
+
+
 def test_games_are_drawn_evenly(folder):
     drawn = list(every_game(folder))
     for k in (3, 4, 5, 6):
