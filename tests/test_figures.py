@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 def drawn(monkeypatch):
     """The figures that are drawn: drawn[0].axes are the axes of the first."""
     figures_ = []
-    for name in ("mask", "learning"):
+    for name in ("mask", "learning", "seconds"):
         def draw(cfg, figure, draw=getattr(figures, name)):
             draw(cfg, figure)
             figures_.append(figure)
@@ -35,6 +35,24 @@ def write_log(path, mixed, base):
         rows.append({"step": 25 * i, "eval/accuracy/mixed": a, "eval/accuracy/base": b})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_seconds_shows_the_mean_of_each_name_at_its_pace(drawn, tmp_path, call):
+    rng = np.random.default_rng(0)
+    fast, slow = rng.random((2, 2, 5))
+    paths = []
+    for name, values in ("fast", fast), ("slow", slow):
+        for seed in range(2):
+            (tmp_path / f"{name}-{seed}").mkdir()
+            paths.append(write_log(tmp_path / f"{name}-{seed}" / "log.jsonl", values[seed], values[seed]))
+    argv = "--kind=seconds", f"--input={','.join(map(str, paths))}", f"--out={tmp_path}/s.png"
+    assert call(figures, *argv, "--pace=0.5,2", "--start=10,0")[0] == 0
+    (ax,) = drawn[0].axes
+    for line, values, x in zip(ax.get_lines(), (fast, slow), (10 + 0.5 * 25, 2 * 25)):
+        np.testing.assert_allclose(line.get_ydata(), values.mean(0))
+        assert line.get_xdata()[1] == x
+    status, _, stderr = call(figures, *argv, "--pace=0.5")
+    assert status == 2 and "fast, slow" in stderr
 
 
 def test_learning_shows_each_seed_the_mean_chance_and_the_values_at_the_end(drawn, tmp_path,

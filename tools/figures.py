@@ -2,9 +2,11 @@
 
     python -m tools.figures --kind=mask --out=mask.png
     python -m tools.figures --kind=learning --input=out/quiet/log.jsonl --plain=out/plain/log.jsonl
+    python -m tools.figures --kind=seconds --input=N2-0/log.jsonl,N4-0/log.jsonl --pace=0.6,1.1
     python -m tools.figures --kind=table --input=0-base.json,1-base.json
 
-Files named SEED-NAME.json are runs of one thing: shown are mean, lowest and highest.
+Files named SEED-NAME.json, and logs in folders named NAME-SEED, are runs of one thing: shown are
+mean, lowest and highest.
 """
 import re
 from dataclasses import dataclass
@@ -84,6 +86,28 @@ def learning(cfg, figure):
     ax.set(xlabel="step", ylabel="held-out accuracy, seeds and mean", ylim=(0, 1.02), xmargin=0)
 
 
+def seconds(cfg, figure):
+    """Draw held-out accuracy by seconds of training: a line for each name, the mean of its seeds."""
+    runs = {}
+    for path in cfg.input:
+        name = re.sub(r"-\d+$", "", Path(path).parent.name)
+        runs.setdefault(name, []).append(path)
+    start = cfg.start or [0.0] * len(runs)
+    if not len(cfg.pace) == len(start) == len(runs):
+        raise UserError(f"--pace and --start need a number for each of {', '.join(runs)}")
+    ax = figure.subplots()
+    for (name, paths), pace, before in zip(runs.items(), cfg.pace, start):
+        steps, values = logged(paths, "eval/accuracy/mixed")
+        mean = values.mean(0)
+        x = before + pace * np.array(steps)
+        label = f"{name}: {mean[-1]:.3f}"
+        ax.plot(x, mean, label=label)
+    ax.legend(frameon=False)
+    ax.set_xlabel("seconds of one thread")
+    ax.set_ylabel("held-out accuracy, mean of seeds")
+    ax.set_ylim(0, 1.02)
+
+
 def by_name(paths):
     """Return lists of what eval.py wrote, by file name without the seed in front of it."""
     found = {}
@@ -134,10 +158,12 @@ def table(cfg):
 
 @dataclass(frozen=True)
 class FigureConfig:
-    kind: Literal["mask", "learning", "table"] = "table"  # what to draw or print
+    kind: Literal["mask", "learning", "seconds", "table"] = "table"  # what to draw or print
     input: tuple[str, ...] = ()       # files to read, separated by commas
     plain: tuple[str, ...] = ()       # log.jsonl files of plain training, for --kind=learning
     chance: float = 0.2               # accuracy of guessing, for --kind=learning: a cup of five
+    pace: tuple[float, ...] = ()      # seconds a step of each name, for --kind=seconds
+    start: tuple[float, ...] = ()     # seconds that each name took before its log
     out: str = "figure.png"           # picture to write
 
 
@@ -150,7 +176,8 @@ def main():
     import matplotlib.figure
     matplotlib.rc("axes.spines", top=False, right=False)
     figure = matplotlib.figure.Figure((8, 4.5), layout="constrained")
-    {"mask": mask, "learning": learning}[cfg.kind](cfg, figure)
+    draw = {"mask": mask, "learning": learning, "seconds": seconds}
+    draw[cfg.kind](cfg, figure)
     with config.atomic_write(cfg.out) as temporary:
         figure.savefig(temporary, dpi=160, format="png", bbox_inches="tight")
     print(f"wrote {cfg.out}")
