@@ -43,8 +43,9 @@ def test_seconds_shows_the_mean_of_each_name_at_its_pace(drawn, tmp_path, call):
     paths = []
     for name, values in ("fast", fast), ("slow", slow):
         for seed in range(2):
-            (tmp_path / f"{name}-{seed}").mkdir()
-            paths.append(write_log(tmp_path / f"{name}-{seed}" / "log.jsonl", values[seed], values[seed]))
+            folder = tmp_path / f"{name}-{seed}"
+            folder.mkdir()
+            paths.append(write_log(folder / "log.jsonl", values[seed], values[seed]))
     argv = "--kind=seconds", f"--input={','.join(map(str, paths))}", f"--out={tmp_path}/s.png"
     assert call(figures, *argv, "--pace=0.5,2", "--start=10,0")[0] == 0
     (ax,) = drawn[0].axes

@@ -87,7 +87,7 @@ def learning(cfg, figure):
 
 
 def seconds(cfg, figure):
-    """Draw held-out accuracy by seconds of training: a line for each name, the mean of its seeds."""
+    """Draw the mean over seeds of held-out accuracy by seconds, a line for each name."""
     runs = {}
     for path in cfg.input:
         name = re.sub(r"-\d+$", "", Path(path).parent.name)
