@@ -5,8 +5,10 @@ The fused kernel there is another one, in bf16 alone; Mistral-7B's head counts a
 import pytest
 import torch
 
+import train
 from attention import TwoPartAttention, concatenated, thought_attention
 from lm_head import logits_of
+from test_train import assert_same_weights, rows, toy
 from thoughts import every_position
 from toys import assert_one_pass_loses_no_more, texts, tiny_quiet, uniforms
 
@@ -87,3 +89,16 @@ def test_heads_that_the_kernel_does_not_take_use_the_reference(head_dim):
         loss = quiet(ids_BL, ids_BL >= 0, uniform_BNPT=uniforms(2, 2, 23, 3).cuda()).loss
     loss.backward()
     assert loss.isfinite() and all(p.grad.isfinite().all() for p in quiet.parameters())
+
+
+@pytest.mark.parametrize("options", [("--moments=bf16",), ("--moments=8bit",), ("--lora=4",)])
+def test_bf16_weights_learn_on_a_gpu_and_a_resumed_run_is_the_same(call, game, tmp_path, options):
+    base = tmp_path / "base"
+    assert call(train, *toy(game, base, "--objective=plain", "--device=cuda"))[0] == 0
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    own = f"--init_from={base}", "--weights=bf16", "--dtype=bfloat16", "--device=cuda", *options
+    assert call(train, *toy(game, whole, *own))[0] == 0
+    assert call(train, *toy(game, cut, *own, "--steps=3"))[0] == 0
+    assert call(train, "--init_from=resume", f"--out={cut}", "--steps=6")[0] == 0
+    assert_same_weights(cut, whole)
+    assert rows(whole)[-2]["loss"] < rows(whole)[1]["loss"] + 0.1
