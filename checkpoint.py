@@ -28,7 +28,8 @@ from torch import nn
 import config
 from config import (UserError, atomic_write, file_errors, read_json, rename_folder, sampled_sha256,
                     write_text)
-from distributed import Distributed, fail_together, pick_device, transfer_moments
+from distributed import (Distributed, fail_together, full_tensors, pick_device,
+                         transfer_moments)
 from formats.gguf import gguf_config, gguf_tensors
 from formats.huggingface import (MARKER_SCALE, checked_names, file_name, from_config, open_tensors,
                                  own_parameters, permute_rope, to_config)
@@ -40,6 +41,7 @@ from tokenizer import has_tokenizer, is_gguf, load_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MISTRAL_WEIGHTS = "consolidated.safetensors"
+KEEP = "keep"                         # a file in a run's checkpoint that is not to be deleted
 
 
 @file_errors()
@@ -127,23 +129,30 @@ def _load_adapted(path, tensors, device, dtype, stored_config, thought_config):
     folder = path.parent
     adapter = read_adapter(folder / ADAPTER_CONFIG)
     remedy = f"put it back, or correct base_model_name_or_path in {folder / ADAPTER_CONFIG}"
-    if not Path(adapter.base).exists():
-        raise UserError(f"{folder} is an adapter of {adapter.base}, which is missing: {remedy}")
-    if fingerprint(adapter.base) != adapter.base_sha256:
-        raise UserError(f"{adapter.base} is not the base of the adapter {folder}: {remedy}")
-    base = model = base_model(load_model(adapter.base, device, dtype))
+    with file_errors():
+        if not Path(adapter.base).exists():
+            raise UserError(f"{folder} is an adapter of {adapter.base}, which is missing: {remedy}")
+    source = find_checkpoint(adapter.base)
+    if fingerprint(source) != adapter.base_sha256:
+        raise UserError(f"{source} is not the base of the adapter {folder}: {remedy}")
+    base = model = base_model(load_model(source, device, dtype))
+    if base.adapter:
+        raise UserError(f"{source}, the base of {folder}, is an adapter: merge it (--convert)")
     if stored_config:
         settings = thought_config or stored_config
         with torch.device("meta"):
             model = QuietSTaR(base, replace(settings, marker_ids=stored_config.marker_ids))
-    add_adapter(base, adapter)
+    add_adapter(base, adapter, torch.Generator())
     for name, theirs in checked_names(path, model, "ours", tensors).items():
         _set_parameter(model, name, tensors[theirs].read(dtype, device))
     return model
 
 
 def as_base(folder: Path, rank: int) -> Adapter:
-    """Return an adapter of this rank that is still to be added to the checkpoint `folder`."""
+    """Return an adapter of this rank for the checkpoint `folder`, which its run will not delete."""
+    with file_errors():
+        if (folder / "state.json").exists():
+            (folder / KEEP).touch()
     return Adapter(rank, str(folder.resolve()), fingerprint(folder))
 
 
@@ -162,9 +171,11 @@ def load_for_inference(folder: str, device: str, tokenizer, dtype="auto") -> Mis
     return model
 
 
+@file_errors()
 def fingerprint(checkpoint: str | Path) -> str:
     """Hash what decides a checkpoint's answers: its config and weights, or its GGUF file."""
     found = find_checkpoint(checkpoint)
+    _find_files(found)                            # or it is no checkpoint
     names = "config.json", "params.json", ADAPTER_CONFIG, "*.safetensors"
     files = [path for name in names for path in sorted(found.glob(name))]
     return sampled_sha256(files or [found])
@@ -234,6 +245,8 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
     folder, base = Path(folder), base_model(model)
     thoughts = None if model is base else model.config
     given = to_config(base.config, thoughts, dtype or base.embed.weight.dtype)
+    if base.adapter:                  # goes into one file
+        shard_bytes = torch.inf
     # Fill one file after the other.
     shards, left, total = [], 0.0, 0
     for name, tensor in (tensors or own_parameters(model)).items():
@@ -246,10 +259,11 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
     entry = INDEX if len(shards) > 1 else WEIGHTS
     if base.adapter:
         entry = ADAPTER_WEIGHTS
-        write_text(folder / ADAPTER_CONFIG, json.dumps(adapter_config(base.adapter), indent=1))
     for name in {INDEX, WEIGHTS, MISTRAL_WEIGHTS, ADAPTER_WEIGHTS} - {entry}:
         if (folder / name).exists():
             raise UserError(f"{folder} holds another checkpoint ({name}): choose an empty folder")
+    if base.adapter:
+        write_text(folder / ADAPTER_CONFIG, json.dumps(adapter_config(base.adapter), indent=1))
     if tokenizer:
         tokenizer.copy_to(folder)
     file_of = {}
@@ -276,7 +290,7 @@ def save_model(model: Mistral | QuietSTaR, folder: str | Path, dtype: torch.dtyp
 def save_run(out: Path, step: int, model, optimizer, settings: dict, tokenizer, dist, data=""):
     """Save a step of a run on text of hash `data`. All ranks call; UserError on one ends all."""
     folder, draft, former = out / f"step-{step:06d}", out / "draft", pointed(out)
-    tensors = full_parameters(model, dist)
+    tensors = full_tensors(own_parameters(model), dist)
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     try:
         with fail_together(dist), file_errors():
@@ -318,18 +332,9 @@ def _delete_older(kept: Path | None) -> None:
     old = kept and _former(kept)
     while old:
         older = _former(old)
-        shutil.rmtree(old, ignore_errors=True)         # what cannot be removed stays
+        if not (old / KEEP).exists():
+            shutil.rmtree(old, ignore_errors=True)     # what cannot be removed stays
         old = older if older and not old.exists() else None
-
-
-def full_parameters(model, dist: Distributed) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint holds by name on rank 0, and nothing elsewhere. All ranks call."""
-    tensors = {}
-    for name, parameter in own_parameters(model).items():
-        full = parameter.full_tensor().cpu() if dist.strategy == "fsdp" else parameter
-        if dist.is_main:
-            tensors[name] = full.detach()
-    return tensors
 
 
 def read_state(folder: Path) -> dict:
@@ -378,6 +383,8 @@ def main():
     if Path(cfg.out).is_dir() and any(Path(cfg.out).iterdir()):
         raise UserError(f"--out={cfg.out} is not empty: name a new folder")
     source, dtype = find_checkpoint(cfg.convert), getattr(torch, cfg.dtype, None)
+    if (source / ADAPTER_CONFIG).exists():        # bf16 would round most of an adapter away
+        dtype = dtype or torch.float32
     tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
     model = load_model(source, dtype=dtype)
     if base_model(model).adapter:

@@ -103,7 +103,7 @@ def parallelize(objective, dist: Distributed, dtype=torch.float32, bf16_weights=
     """Return the module to call. The parameters of `objective` move to the device, see `convert`;
     fsdp gathers those of blocks as `dtype`."""
     if dist.strategy != "fsdp":
-        convert(objective.to(dist.device), bf16_weights)
+        convert(objective, bf16_weights, dist.device)
     if dist.strategy == "none":
         return objective
     if dist.strategy == "ddp":        # gradients as views of its buckets: otherwise both are held
@@ -116,25 +116,26 @@ def parallelize(objective, dist: Distributed, dtype=torch.float32, bf16_weights=
     fp32 = fsdp.MixedPrecisionPolicy(cast_forward_inputs=False)
     policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in objective.model.layers:
-        convert(block, bf16_weights)  # one at a time: no rank ever holds the whole model in fp32
+        convert(block, bf16_weights, None)     # one at a time: never is the whole model fp32
         fsdp.fully_shard([block.attention, block.ffn], mp_policy=policy, **common)
         # Otherwise a block that ran many passes is gathered once more when it is done.
         block.attention.set_modules_to_backward_prefetch([block.attention])
-    fsdp.fully_shard(convert(objective, bf16_weights), mp_policy=fp32, **common)
+    convert(objective, bf16_weights, None)
+    fsdp.fully_shard(objective, mp_policy=fp32, **common)
     # FSDP gathers weights for `forward` only: `unsharded` needs a method that does the same.
     objective.run_unsharded = lambda run: run()
     fsdp.register_fsdp_forward_method(objective, "run_unsharded")
     return objective
 
 
-def convert(module, bf16_weights: bool):
-    """Make all parameters fp32 in place, but with `bf16_weights` the blocks' own matrices bf16."""
+def convert(module, bf16_weights: bool, device) -> None:
+    """Move all parameters to a device, if one is given, as fp32; with `bf16_weights` those of the
+    blocks' linears, biases too, as bf16. Never are two copies of the whole model held."""
     for name, p in module.named_parameters():
         is_bf16 = bf16_weights and re.search(r"\b(attention|ffn)\.(?!.*lora_)", name)
         dtype = torch.bfloat16 if is_bf16 else torch.float32
-        if p.dtype != dtype:
-            p.data = p.data.to(dtype)
-    return module
+        if device or p.dtype != dtype:
+            p.data = p.data.to(device or p.device, dtype)
 
 
 def shard_like(full, parameter):
@@ -222,6 +223,16 @@ def fail_together(dist: Distributed):
         raise error if error and dist.rank == int(failed.argmax()) else SystemExit(2)
 
 
+def full_tensors(parameters: dict, dist: Distributed) -> dict[str, torch.Tensor]:
+    """Return whole parameters by name on rank 0, and nothing elsewhere. All ranks call."""
+    tensors = {}
+    for name, parameter in parameters.items():
+        full = parameter.full_tensor().cpu() if dist.strategy == "fsdp" else parameter
+        if dist.is_main:
+            tensors[name] = full.detach()
+    return tensors
+
+
 def transfer_moments(model, optimizer, step: int, folder, dist: Distributed, save: bool):
     """Save or load AdamW's moments, each rank its share. Raises UserError."""
     from torch.distributed import checkpoint as dcp
@@ -232,7 +243,8 @@ def transfer_moments(model, optimizer, step: int, folder, dist: Distributed, sav
         state = optimizer.state[p]
         if not state:
             state |= {key: torch.zeros_like(p) for key in MOMENTS}
-        state["step"] = torch.full((), float(step), device=p.device)
+        state.setdefault("step", torch.zeros((), device=p.device))
+        state["step"].fill_(step)
         for key in sorted(state.keys() - {"step"}):
             tensors[f"{name}.{key}"] = state[key]
     file_of = {name: 1 + i // 18 for i, name in enumerate(tensors)}   # small ones: each is copied

@@ -14,7 +14,8 @@
   n_true           A: true tokens a thought is scored on, next one included    n_true, n_ahead_talk
   base, mixed      prediction without a thought, and mixed with one            p_init, p_talk
   mixing_weight    0: base only, 1: thought only                               1 - w, talk_head
-  reward           nats by which a thought raised the log-likelihood of the true tokens
+  reward           nats by which a thought raised the log-likelihood of the true tokens; those
+                   further ahead may count less (`discount`)
   advantage        reward minus the mean over all N thoughts of the position, clamped at 0; or
                    minus the mean over the N - 1 others, with its sign
   branch           M = T + A + 1 tokens of a position: start marker, thought, end marker, true ones

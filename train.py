@@ -76,8 +76,7 @@ class TrainConfig:
         config.check_ranges(self, batch_size=(1, 1 << 20), grad_accum=1, seq_len=2, lr=(1e-12, 1),
                             marker_lr=(0, 1e6), mixing_lr=(0, 1e6), weight_decay=(0, 1),
                             beta2=(0, 0.999999), grad_clip=1e-6, think_share=(1e-6, 1),
-                            lora=(0, 1024),
-                            eval_texts=1, save_every=1)
+                            lora=(0, 1024), eval_texts=1, save_every=1)
         if self.positions == "all" and self.think_share < 1:
             raise UserError(f"--think_share={self.think_share} of which positions? Choose "
                             "--positions=random, uncertain or gate")

@@ -251,9 +251,10 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
 def own_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Return the parameters that a checkpoint holds by name: all, or with adapters what learns."""
     parameters = dict(model.named_parameters())
-    if any(".lora_" in name for name in parameters):
-        return {name: p for name, p in parameters.items() if p.requires_grad}
-    return parameters
+    if not any(".lora_" in name for name in parameters):
+        return parameters
+    new = "start_thought", "end_thought", "mixing_head"
+    return {name: p for name, p in parameters.items() if ".lora_" in name or name.startswith(new)}
 
 
 def checked_names(path: Path, model: torch.nn.Module, layout: str, tensors: dict) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """LoRA: thin matrices that learn beside the frozen linears of the blocks (arXiv 2106.09685).
 
     python train.py --lora=16 --init_from=Mistral-7B-v0.1 ...     saves adapters, not the model
-    python checkpoint.py --convert=out/run --out=merged           adds them to the weights
+    python checkpoint.py --convert=out/run --out=merged           adds them to the weights, in fp32
 
     y = W x + (ALPHA / rank) B A x        A and B are fp32; B is zero at first, so nothing changes
 

@@ -1,8 +1,8 @@
 #!/bin/sh
-# What teaches a thought best? Other estimators on the shell game, on the bases and beside the models
-# of runs/shell_game.sh (run that first): three seeds side by side with a thread each, a table.
-# An hour and a half on two cores, by its steps. A stage whose output exists is skipped; a job that fails
-# stops the script, $$.
+# What teaches a thought best? Other estimators on the shell game, on the bases and beside the
+# models of runs/shell_game.sh (run that first): three seeds side by side with a thread each, a
+# table. An hour and a half on two cores, by its steps. A stage whose output exists is skipped; a
+# job that fails stops the script, $$.
 set -e
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1

@@ -6,10 +6,10 @@
 #   48 GB (L40S)       adapters of rank 16 over frozen bf16 weights, 25e9
 #   24 GB (RTX 4090)   the same with texts of 128 tokens, 21e9
 #
-# The bytes are those of `python -m tools.memory --grad_accum=8` with --weights, --moments and --lora.
-# The eight texts of a step are eight micro-batches. Adapters learn at ten times the learning rate,
-# markers and mixing head at their own. Model, data, output and needs are those of mistral7b_8gpu.sh.
-# No step of 7B has been timed on a GPU yet.
+# The bytes are those of `python -m tools.memory --grad_accum=8` with --weights, --moments and
+# --lora. The eight texts of a step are eight micro-batches. Adapters learn at ten times the
+# learning rate, markers and mixing head at their own. Model, data, output and needs are those of
+# mistral7b_8gpu.sh. No step of 7B has been timed on a GPU yet.
 set -e
 cd "$(dirname "$0")/.."
 

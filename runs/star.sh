@@ -1,14 +1,15 @@
 #!/bin/sh
 # STaR on the shell game, beside Quiet-STaR: eight rounds from the bases of runs/shell_game.sh (run
-# that first), without and with rationalisation, three seeds; then the same from bases whose text has
-# hints: half of its reasoning follows the answer. Forty minutes with one thread. A round whose output
-# exists is skipped.
+# that first), without and with rationalisation, three seeds; then the same from bases whose text
+# has hints: half of its reasoning follows the answer. Forty minutes with one thread. A round whose
+# output exists is skipped.
 set -e
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" QUESTIONS="${QUESTIONS:-2000}"
 data=data/shell_game/without_reasoning
 
-# A round asks the model of the round before, and fine-tunes the base: 40 steps, then 1.2 times as many
+# A round asks the model of the round before, and fine-tunes the base: 40 steps, then 1.2 times as
+# many
 rounds() {
   out=out/star/$QUESTIONS-$1-$2 seed=$2 base=$3; shift 3
   from=$base steps=40

@@ -31,6 +31,7 @@ from distributed import fail_together
 from inference import complete
 from scoring import answer_logits, thinks
 from tasks.bootstrap import TEMPERATURES, UNSCALED, ResultsFile, temperature_scaled
+from thoughts import base_model
 
 ANSWER_MARKER = "\nA:"
 LETTERS = "ABCDE"
@@ -264,6 +265,7 @@ def evaluate_questions(model, tokenizer, cfg, dist, out):
     settings = dict(
         dataset_id=dataset_id,
         weights=fingerprint(cfg.checkpoint), tokenizer=tokenizer.sha256,
+        dtype=str(base_model(model).embed.weight.dtype),
         thoughts=cfg.thoughts, votes=cfg.votes,
         thought_len=model.config.thought_len if thinks(model, cfg.thoughts) else 0)
     if cfg.votes:                         # these decide the text

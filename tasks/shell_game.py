@@ -6,7 +6,8 @@
 Two layers cannot compose the swaps in one pass, but can follow the ball one swap at a time. 30 % of
 the lines of `with_reasoning` do so, and none of `without_reasoning`, where nothing can be imitated.
 `python -m tasks.shell_game` writes both; --hints adds `with_hints`, where half of that reasoning
-follows the answer: `now a — c d d a a — a .`. Left out on purpose: levels of difficulty.
+follows the answer: `now a — c d d a a — a .`, to train a base alone. Left out on purpose: levels of
+difficulty.
 """
 import json
 import random

@@ -100,7 +100,7 @@ def step(strategy, grad_accum, objective, tied, recompute):
             thoughts += losses.thought_BNPT.tolist() if objective == "quiet" else []
     norm = distributed.clip_gradients(own, 1e9).item()
     predicted = distributed.unsharded(own, dist, lambda: quiet.predict(ids_BL)[1].sum().item())
-    whole = checkpoint.full_parameters(own, dist)
+    whole = distributed.full_tensors(dict(own.named_parameters()), dist)
     del wrapped
     distributed.cleanup()
     print(json.dumps(dict(thoughts=thoughts, counts=dict(comm.counts), norm=norm,
@@ -120,7 +120,7 @@ def update(strategy, moments):
             (p.grad.to_local() if strategy == "fsdp" else p.grad).copy_(
                 distributed.shard_like(whole, p))
         adamw.step()
-    for tensor in checkpoint.full_parameters(quiet, dist).values():
+    for tensor in distributed.full_tensors(dict(quiet.named_parameters()), dist).values():
         digest.update(tensor.float().numpy().tobytes())
     del wrapped
     distributed.cleanup()

@@ -178,7 +178,7 @@ def test_the_table_of_cards_says_what_fits(call):
     fits = {row[0]: row[2:] for row in rows[2:]}
     assert fits["fp32 weights and moments"] == ["-", "-"]
     name = "bf16 weights, LoRA of rank 16"
-    c, scheme = ThoughtConfig(), memory.MemoryConfig(grad_accum=8, **memory.SCHEMES[name])
+    c, scheme = ThoughtConfig(), memory.MemoryConfig(grad_accum=8, weights="bf16", lora=16)
     for length, card in zip(map(int, fits[name]), (24, 80)):
         peaks = [memory.step_memory(replace(scheme, seq_len=n), ModelConfig(), c, 1)["peak"]
                  for n in (length, length + 16)]

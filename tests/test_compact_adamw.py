@@ -87,6 +87,21 @@ def test_a_second_moment_decays_when_the_gradients_stop(moments):
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
+def test_no_update_is_far_above_the_learning_rate_when_gradients_stop(moments):
+    """As those of tokens that are absent do. A second moment that was rounded to 0 beside a large one
+    once let a weight move by 60,000 lr."""
+    p = torch.nn.Parameter(torch.zeros(256, 256))
+    adamw = optimizer_of(p, moments, lr=1.0)
+    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    p.grad[:, 0] = 2e-4
+    for _ in range(20):
+        before = p.detach().clone()
+        adamw.step()
+        assert (p.detach() - before).abs().max() < 2
+        p.grad.zero_()
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
 def test_a_resumed_run_of_bf16_weights_equals_an_uninterrupted_one_bit_for_bit(
         call, game, tmp_path, moments):
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -10,6 +10,7 @@ import checkpoint
 import sample
 import train
 from checkpoint import find_checkpoint, load_model
+from config import UserError
 from formats.lora import Adapter, add_adapter, merge_adapter
 from test_distributed import launch, ranks
 from test_train import assert_same_run_but_for_rounding, assert_same_weights, rows, toy
@@ -142,6 +143,58 @@ def test_an_adapter_on_another_or_a_missing_base_is_refused_by_name(call, game, 
     status, _, stderr = call(sample, *prompt)
     assert status == 2 and f"adapter of {own}, which is missing" in stderr
     assert "adapter_config.json" in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_text("")])
+def test_a_base_that_is_no_checkpoint_is_refused(call, game, base, tmp_path, make):
+    own = tmp_path / "base"
+    shutil.copytree(find_checkpoint(base), own)
+    assert call(train, *start(game, own, tmp_path / "run"))[0] == 0
+    shutil.rmtree(own)
+    make(own)
+    status, _, stderr = call(sample, f"--checkpoint={tmp_path / 'run'}", "--prompt=ball c")
+    assert status == 2 and str(own) in stderr and stderr.count("\n") == 1
+
+
+def test_the_base_of_an_adapter_stays_when_its_own_run_goes_on(call, game, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "run"
+    assert call(train, *toy(game, base, "--objective=plain"))[0] == 0
+    assert call(train, *start(game, base, out))[0] == 0
+    more = "--init_from=resume", f"--out={base}", "--steps=15"
+    assert call(train, *more)[0] == 0
+    assert (base / "step-000006").is_dir() and not (base / "step-000009").exists()
+    load_model(find_checkpoint(out))
+
+
+def test_an_adapter_is_one_file_whatever_its_size_and_whoever_froze_it(tmp_path):
+    quiet, ids_BL = train_b(adapted()), texts(2, 9)
+    checkpoint.save_model(tiny_quiet().model, tmp_path / "base")
+    base = checkpoint.as_base(tmp_path / "base", 3)
+    quiet.model.adapter = base
+    quiet.requires_grad_(False)
+    checkpoint.save_model(quiet, tmp_path / "adapter", shard_bytes=2000)
+    found = load_model(tmp_path / "adapter")
+    assert torch.equal(found.predict(ids_BL)[1], quiet.predict(ids_BL)[1])
+    # an adapter is no base, and a base is not written over
+    quiet.model.adapter = Adapter(3, str(tmp_path / "adapter"),
+                                  checkpoint.fingerprint(tmp_path / "adapter"))
+    checkpoint.save_model(quiet, tmp_path / "second")
+    with pytest.raises(UserError, match="is an adapter: merge it"):
+        load_model(tmp_path / "second")
+    before = checkpoint.fingerprint(tmp_path / "base")
+    with pytest.raises(UserError, match="holds another checkpoint"):
+        checkpoint.save_model(quiet, tmp_path / "base")
+    assert checkpoint.fingerprint(tmp_path / "base") == before
+
+
+def test_an_adapter_on_bf16_is_merged_in_fp32_unless_told_otherwise(call, game, base, tmp_path):
+    assert call(checkpoint, f"--convert={base}", f"--out={tmp_path / 'b'}", "--dtype=bfloat16")[0] == 0
+    run = tmp_path / "run"
+    assert call(train, *start(game, tmp_path / "b", run, "--dtype=bfloat16", "--weights=bf16"))[0] == 0
+    for words, dtype in ((), torch.float32), (("--dtype=bfloat16",), torch.bfloat16):
+        out = tmp_path / str(dtype)
+        assert call(checkpoint, f"--convert={run}", f"--out={out}", *words)[0] == 0
+        assert {p.dtype for p in load_model(out, dtype=None).parameters()} == {dtype}
 
 
 def test_ranks_that_do_not_fit_are_refused(call, game, base, tmp_path):

@@ -143,9 +143,12 @@ def round_into(stored, exact, generator):
 
 @functools.cache
 def dynamic_map(signed: bool):
-    """The 256 values of an 8-bit number, -1 to 1 or 0 to 1, rising: each of seven decades has twice
-    as many as the one below (arXiv 1511.04561)."""
-    values = [0.0, 1.0]
+    """The values of an 8-bit number, -1 to 1 or 1e-7 to 1, rising: each of seven decades has twice
+    as many as the one below (arXiv 1511.04561). A second moment is never rounded to 0, because an
+    update is divided by its root."""
+    values = [1.0]
+    if signed:
+        values = [0.0, 1.0]
     for decade in range(7):
         n_values = 2 ** decade
         if not signed:

@@ -5,8 +5,8 @@
     python -m tools.figures --kind=seconds --input=N2-0/log.jsonl,N4-0/log.jsonl --pace=0.6,1.1
     python -m tools.figures --kind=table --input=0-base.json,1-base.json
 
-Files named SEED-NAME.json, and logs in folders named NAME-SEED, are runs of one thing: shown are
-mean, lowest and highest.
+Files named SEED-NAME.json are runs of one thing: shown are mean, lowest and highest. So are logs in
+folders named NAME-SEED: shown is their mean.
 """
 import re
 from dataclasses import dataclass
@@ -100,7 +100,8 @@ def seconds(cfg, figure):
         steps, values = logged(paths, "eval/accuracy/mixed")
         mean = values.mean(0)
         x = before + pace * np.array(steps)
-        label = f"{name}: {mean[-1]:.3f}"
+        shown = config.printable(name).replace("$", "")
+        label = f"{shown.strip('_')}: {mean[-1]:.3f}"
         ax.plot(x, mean, label=label)
     ax.legend(frameon=False)
     ax.set_xlabel("seconds of one thread")

@@ -16,13 +16,14 @@ from model import ModelConfig
 from thoughts import ThoughtConfig
 
 MOMENT_BYTES = {"fp32": 4, "bf16": 2, "8bit": 1 + 4 / 256}
-CARD_BYTES = {24: 25.8e9, 48: 51.5e9, 80: 85.5e9, 141: 150.8e9}     # sold as so many GB
+CARD_BYTES = {24: 25.8e9, 48: 48.3e9, 80: 85.5e9, 141: 150.8e9}     # RTX 4090, L40S, H100, H200
 USABLE = 0.95                         # of a card; the rest is fragments and the CUDA context
-SCHEMES = {"fp32 weights and moments": dict(weights="fp32", moments="fp32"),
-           "bf16 weights, fp32 moments": dict(weights="bf16", moments="fp32"),
-           "bf16 weights and moments": dict(weights="bf16", moments="bf16"),
-           "bf16 weights, 8-bit moments": dict(weights="bf16", moments="8bit"),
-           "bf16 weights, LoRA of rank 16": dict(weights="bf16", lora=16)}
+SCHEMES = {                           # --weights, --moments and --lora of train.py
+    "fp32 weights and moments": ("fp32", "fp32", 0),
+    "bf16 weights, fp32 moments": ("bf16", "fp32", 0),
+    "bf16 weights and moments": ("bf16", "bf16", 0),
+    "bf16 weights, 8-bit moments": ("bf16", "8bit", 0),
+    "bf16 weights, LoRA of rank 16": ("bf16", "fp32", 16)}
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,25 @@ def step_memory(cfg: MemoryConfig, m: ModelConfig, c: ThoughtConfig, n_gpus: int
     waiting = gradients * n_gpus * (cfg.grad_accum > 1)
     early = waiting + copies + activations + max(head, working)
     late = max(waiting, gradients) + working
-    peak = weights + moments + max(early, late)
+    # tools/compact_adamw.py updates a matrix at a time, in fp32
+    largest = max(m.dim * m.ffn_dim, m.vocab_size * m.dim)
+    if cfg.lora:
+        largest = 2 * m.dim * m.dim
+    update = gradients
+    if (cfg.weights, cfg.moments) != ("fp32", "fp32"):
+        update += 32 * largest / n_gpus
+    peak = weights + moments + max(early, late, update)
     return {"weights": weights, "gradients": gradients, "moments": moments,
             "copies": copies, "activations": activations, "a block": working,
             "head": head, "KV": kv, "peak": peak}
 
 
 def longest_text(cfg: MemoryConfig, m: ModelConfig, c: ThoughtConfig, n_bytes: float) -> int:
-    """Return the longest text in tokens, a multiple of 16, whose step takes at most `n_bytes`."""
-    length = 0
-    while length < m.max_seq_len:
+    """Return the longest text in tokens, a multiple of 16, whose step takes at most `n_bytes`.
+    Beyond a window attention would take the reference, whose scores are large."""
+    length, branch = 0, c.thought_len + c.n_true + 1
+    limit = m.window(0) or m.max_seq_len
+    while length + 16 + branch <= limit:
         longer = replace(cfg, seq_len=length + 16)
         if step_memory(longer, m, c, 1)["peak"] > n_bytes:
             break
@@ -115,8 +125,8 @@ def table_of_cards(cfg: MemoryConfig, m: ModelConfig, c: ThoughtConfig):
     """Yield the rows: each scheme's states, and what fits the cards."""
     yield "| | states, GB |" + "".join(f" {card} GB |" for card in cfg.cards)
     yield "|---|---|" + "---|" * len(cfg.cards)
-    for name, scheme in SCHEMES.items():
-        own = replace(cfg, **scheme)
+    for name, (weights, moments, lora) in SCHEMES.items():
+        own = replace(cfg, weights=weights, moments=moments, lora=lora)
         found = step_memory(own, m, c, 1)
         states = found["weights"] + found["gradients"] + found["moments"]
         row = f"| {name} | {states / 1e9:.1f} |"
