@@ -175,9 +175,10 @@ def load_for_inference(folder: str, device: str, tokenizer, dtype="auto") -> Mis
 def fingerprint(checkpoint: str | Path) -> str:
     """Hash what decides a checkpoint's answers: its config and weights, or its GGUF file."""
     found = find_checkpoint(checkpoint)
-    _find_files(found)                            # or it is no checkpoint
     names = "config.json", "params.json", ADAPTER_CONFIG, "*.safetensors"
     files = [path for name in names for path in sorted(found.glob(name))]
+    if not files and not found.is_file():
+        raise UserError(f"{found} holds no checkpoint: name a folder that does")
     return sampled_sha256(files or [found])
 
 

@@ -77,7 +77,7 @@ def test_the_house_is_small():
     sizes = {name: len(lines_of(name)) for name in NAMES}
     assert len([name for name in NAMES if "/" not in name]) <= 16
     assert sum(sizes[name] for name in BOOK) <= 1921
-    assert sum(sizes.values()) <= 6538
+    assert sum(sizes.values()) <= 6539
     assert max(sizes.values()) <= 400
 
 
