@@ -101,4 +101,4 @@ def test_bf16_weights_learn_on_a_gpu_and_a_resumed_run_is_the_same(call, game, t
     assert call(train, *toy(game, cut, *own, "--steps=3"))[0] == 0
     assert call(train, "--init_from=resume", f"--out={cut}", "--steps=6")[0] == 0
     assert_same_weights(cut, whole)
-    assert rows(whole)[-2]["loss"] < rows(whole)[1]["loss"] + 0.1
+    assert rows(cut) == rows(whole)

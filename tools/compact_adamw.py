@@ -13,7 +13,7 @@ import functools
 import torch
 
 from data import RNG_ROUNDING, seed_of
-from distributed import shard_like
+from distributed import MOMENTS, shard_like
 
 BLOCK = 256                           # numbers of a row that share a scale
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
@@ -84,7 +84,7 @@ def local(tensor):
 def empty_moments(p, dtype: torch.dtype) -> dict:
     """Both moments of a new parameter, and for 8 bits the scales of their blocks."""
     state = {}
-    for name in ("exp_avg", "exp_avg_sq"):
+    for name in MOMENTS:
         state[name] = torch.zeros_like(p, dtype=dtype)
         if dtype == torch.uint8:
             blocks = p[:, :blocks_of_row(p)]
